@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['HiermetricError', 'did_you_mean', 'cache_dir', 'data_dir', 'atomic_path', 'fingerprint', 'download', 'unpack',
@@ -165,7 +166,7 @@ class Registry:
     def __iter__(self)->Iterator[str]: return iter(self.entries)
     def __contains__(self, name:str)->bool: return name in self.entries
 
-    def table(self)->'pandas.DataFrame': # indexed by name, one column
+    def table(self)->pd.DataFrame: # indexed by name, one column
         "What there is, one line each"
         import pandas as pd
         return pd.DataFrame({'about': {k: v[1] for k,v in self.entries.items()}}).rename_axis(self.kind)
