@@ -4,14 +4,15 @@
 
 # %% ../nbs/11_decisions.ipynb #ef7f2b9c
 from __future__ import annotations
-import warnings
-from typing import Any
+import math, warnings
+from typing import TYPE_CHECKING, Any
 import numpy as np, pandas as pd, torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from .core import HiermetricError, Registry
-from .metrics import METRICS, _rows, calibration_bins, check_node_probs, check_targets, leaf_distribution, negative_log_likelihood, per_sample, rank_leaves
+from .metrics import _rows, calibration_bins, check_node_probs, check_targets, leaf_distribution, negative_log_likelihood, per_sample
 from .taxonomy import Taxonomy
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE', 'temper',
@@ -76,21 +77,15 @@ class Argmax(Rule):
     def _rank(self, p:Tensor)->Tensor: return p.index_select(1, self.tax.tensor('leaves', p.device))
 
 # %% ../nbs/11_decisions.ipynb #fdfb89c0
-def _path_sum(x:Tensor, tax:Taxonomy)->Tensor: # (B, N) → (B, N)
-    "Sum of `x` over each node's path from the root, level by level"
-    out, up, order = x.clone(), tax.tensor('parents', x.device), torch.as_tensor(np.argsort(tax.depths, kind='stable'), device=x.device)
-    for level in order.split(np.bincount(tax.depths).tolist())[1:]: out[:,level] += out[:,up[level]]
-    return out
-
-# %% ../nbs/11_decisions.ipynb #450e4513
 def expected_heights(
     node_probs:Tensor, # (B, N) coherent
     tax:Taxonomy, # tree over the N nodes
 )->Tensor: # (B, L) levels
     "Expected LCA height of each leaf as the answer, in O(N) an image [@karthik2021nocost]"
-    h = tax.tensor('heights', node_probs.device)
-    fall = (h[tax.tensor('parents', node_probs.device).clamp(min=0)] - h).to(node_probs.dtype)
-    return _path_sum(fall*(1 - node_probs), tax).index_select(1, tax.tensor('leaves', node_probs.device))
+    h, parents, last, leaves = (tax.tensor(o, node_probs.device) for o in ('heights', 'parents', 'last', 'leaves'))
+    costs = (h[parents.clamp(min=0)] - h)*(1 - node_probs.double())
+    gone = costs.new_zeros(len(costs), len(tax) + 1).index_add(1, last + 1, costs)[:,:-1]
+    return (costs - gone).cumsum(1).index_select(1, leaves).to(node_probs.dtype)
 
 class CRM(Rule):
     "The leaf of least expected LCA height; ranks by that height, lowest first"
@@ -126,12 +121,13 @@ class TemperatureScaling:
     )->TemperatureScaling: # itself
         "Find the temperature of least NLL"
         p = check_node_probs(node_probs, tax); t = check_targets(targets, tax, len(p))
-        def loss(log_t): return sum(float(negative_log_likelihood(temper(leaf_distribution(p[o], tax), float(np.exp(log_t))), t[o], tax).double().sum()) for o in _rows(*p.shape))
         with torch.no_grad():
+            parts = [(leaf_distribution(p[o], tax), t[o]) for o in _rows(*p.shape)]
+            def loss(log_t): return sum(float(negative_log_likelihood(temper(q, math.exp(log_t)), y, tax).double().sum()) for q, y in parts)
             grid = np.linspace(*np.log(self.limits), 13); best = int(np.argmin([loss(o) for o in grid]))
             if best in (0, len(grid)-1): warnings.warn(f"The best temperature is at the limit of the search, {np.exp(grid[best]):g}: the validation data do not tell how sure the model may be. Is it the data it was trained on, or are there very few images?", stacklevel=2)
             found = minimize_scalar(loss, bounds=(grid[max(best-1, 0)], grid[min(best+1, len(grid)-1)]), method='bounded', options={'xatol': 1e-4})
-        self.temperature, self.tax = float(np.exp(found.x)), tax
+        self.temperature, self.tax = math.exp(found.x), tax
         return self
 
     def scale(self,
@@ -149,13 +145,13 @@ def plot_reliability(
     targets:Tensor|np.ndarray, # (B,) true node ids; images labelled with an internal node are left out
     tax:Taxonomy, # tree over the N nodes
     bins:int=15, # of equal width
-    ax:'matplotlib.axes.Axes|None'=None, # drawn here; default a new figure
-)->'matplotlib.axes.Axes':
+    ax:Axes|None=None, # drawn here; default a new figure
+)->Axes:
     "Share of hits against confidence; the area of a dot is the share of images in its bin"
     import matplotlib.pyplot as plt, seaborn as sns
     if ax is None: ax = plt.subplots(figsize=(4.5, 4.5))[1]
     ax.plot([0, 1], [0, 1], color='.6', lw=1, ls='--')
-    for color, (name, node_probs) in zip(sns.color_palette(n_colors=len(models)), models.items()):
+    for color, (name, node_probs) in zip(sns.color_palette(n_colors=len(models)), models.items(), strict=True):
         table = per_sample(node_probs, targets, tax).dropna(subset='hit')
         n, conf, hit = calibration_bins(table.confidence, table.hit, bins); ok = n > 0
         ax.plot(conf[ok]/n[ok], hit[ok]/n[ok], color=color, lw=1.5, label=f'{name} (ECE {np.abs(conf-hit).sum()/n.sum():.1%})')

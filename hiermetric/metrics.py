@@ -85,9 +85,9 @@ def rank_leaves(
     k:int, # leaves wanted; all L where there are fewer
 )->np.ndarray: # (B, min(k, L)) leaf columns, best first; ties in tree order
     "The `k` best leaves of each image"
-    s = torch.as_tensor(scores); L = s.shape[1]; k = min(k, L)
-    if s.isnan().any(): raise HiermetricError(f"The score of image {_where(s.isnan())[0]} for a leaf is NaN; it cannot be ranked.")
-    top = s.topk(min(k+1, L), dim=1)
+    s = torch.as_tensor(scores); k = min(k, s.shape[1])
+    top = s.topk(min(k+1, s.shape[1]), dim=1)   # NaN comes first
+    if top.values[:,0].isnan().any(): raise HiermetricError(f"The score of image {int(top.values[:,0].isnan().int().argmax())} for a leaf is NaN; it cannot be ranked.")
     cols, tied = top.indices[:,:k], (top.values[:,1:] == top.values[:,:-1]).any(1)
     if tied.any(): cols[tied] = s[tied].argsort(dim=1, descending=True, stable=True)[:,:k]
     return cols.cpu().numpy()
@@ -175,7 +175,8 @@ def leaf_distribution(
     "The leaf columns, normalised"
     p = node_probs.index_select(1, tax.tensor('leaves', node_probs.device)).clamp(min=0)
     total = p.sum(1, keepdim=True)
-    return torch.where(total > 0, p/total.clamp(min=torch.finfo(p.dtype).tiny), 1/tax.n_leaves)
+    q = p/total.clamp(min=torch.finfo(p.dtype).tiny)
+    return q if bool((total > 0).all()) else torch.where(total > 0, q, 1/tax.n_leaves)
 
 # %% ../nbs/10_metrics.ipynb #bfc34d6a
 def truth_probability(
@@ -238,16 +239,16 @@ def violation_rate(
 def _judge(p:Tensor, t:np.ndarray, tax:Taxonomy, nodes:np.ndarray|None, ranking:Tensor|np.ndarray|None)->dict[str,np.ndarray]:
     "Columns of `per_sample` for a few rows"
     q = leaf_distribution(p, tax)
-    ranked = tax.leaves[rank_leaves(q if ranking is None else ranking, 20)]
+    cols = rank_leaves(q if ranking is None else ranking, 20); ranked = tax.leaves[cols]
+    best = cols[:,0] if ranking is None else q.argmax(1).cpu().numpy()
     a = ranked[:,0].astype(np.int64) if nodes is None else nodes
     d, at1 = mistake_height(ranked, t[:,None], tax), mistake_height(a, t, tax)
     both, said, true = _overlap(a, t, tax)
-    confidence, best = (o.cpu().numpy() for o in q.max(1))
     leaf = tax.leaf_column[t]
     only = lambda x: np.where(leaf >= 0, x, np.nan)
     return {'target': t, 'node': a, 'top1': at1 == 0, 'exact': a == t, 'top5': (d[:,:5] == 0).any(1), 'hd@1': at1, 'hd@5': d[:,:5].mean(1), 'hd@20': d.mean(1),
             'both': both, 'said': said, 'true': true, 'macro_hp': _ratio(both, said), 'macro_hr': _ratio(both, true), 'macro_hf1': _ratio(2*both, said + true),
-            'nll': negative_log_likelihood(q, t, tax).cpu().numpy(), 'brier': brier_score(q, t, tax).cpu().numpy(), 'confidence': only(confidence), 'hit': only(best == leaf)}
+            'nll': negative_log_likelihood(q, t, tax).cpu().numpy(), 'brier': brier_score(q, t, tax).cpu().numpy(), 'confidence': only(q.amax(1).cpu().numpy()), 'hit': only(best == leaf)}
 
 # %% ../nbs/10_metrics.ipynb #2bba8945
 def per_sample(
@@ -280,7 +281,7 @@ def _totals(table:pd.DataFrame, n_nodes:int)->dict[str,np.ndarray]:
 
 def _values(sums:np.ndarray, classes:np.ndarray, bins:np.ndarray)->dict[str,float]:
     "The metrics from the sums"
-    s = dict(zip((*_SUMS, 'wrong', 'n', 'n_leaf'), (float(o) for o in sums)))
+    s = dict(zip((*_SUMS, 'wrong', 'n', 'n_leaf'), (float(o) for o in sums), strict=True))
     over = lambda a, b: a/b if b else math.nan
     seen = classes[0] > 0
     v = {k: over(s[k], s['n']) for k in _MEANS} | {'macro_top1': float((classes[1,seen]/classes[0,seen]).mean()) if seen.any() else math.nan}

@@ -6,8 +6,8 @@ from hiclass import metrics as hiclass_metrics
 from sklearn.metrics import balanced_accuracy_score
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 from hiermetric.core import HiermetricError
-from hiermetric.metrics import (METRICS, TreeMetric, accuracy, brier_score, distance_floor, evaluate, exact_path, expected_calibration_error, hierarchical_distance, hierarchical_f1,
-                                leaf_distribution, macro_accuracy, mistake_height, mistake_severity, negative_log_likelihood, per_sample, rank_leaves, summarise, topk_accuracy, violation_rate)
+from hiermetric.metrics import (METRICS, TreeMetric, accuracy, brier_score, distance_floor, evaluate, exact_path, expected_calibration_error, hierarchical_distance,
+                            hierarchical_f1, leaf_distribution, macro_accuracy, mistake_height, mistake_severity, negative_log_likelihood, per_sample, rank_leaves, summarise, topk_accuracy, violation_rate)
 from hiermetric.taxonomy import Taxonomy
 
 slowly = settings(max_examples=60, deadline=None)
@@ -102,6 +102,14 @@ def test_a_perfect_ranker_reaches_the_floor(case):
     perfect = -np.array([[slow_d(tax, j, t) for j in tax.leaves] for t in T], float)
     e = evaluate(P, T, tax, ranking=perfect)
     assert e['hd@5'] == pytest.approx(e['hd@5_floor']) and e['hd@20'] == pytest.approx(e['hd@20_floor']) and e['top1'] == 1 and e['hd@1'] == 0 and math.isnan(e['severity'])
+
+@given(cases())
+@slowly
+def test_the_table_holds_what_the_functions_say(case):
+    tax, P, T, r = case; q, table = leaf_distribution(torch.as_tensor(P), tax), per_sample(P, T, tax); leaf = tax.leaf_column[T] >= 0
+    np.testing.assert_allclose(table.nll, negative_log_likelihood(q, T, tax)); np.testing.assert_allclose(table.brier, brier_score(q, T, tax)); np.testing.assert_array_equal(table.brier.notna(), leaf)
+    assert expected_calibration_error(table.confidence[leaf], table.hit[leaf]) == pytest.approx(evaluate(P, T, tax)['ece'], nan_ok=True)
+    np.testing.assert_array_equal(table['hd@1'], mistake_height(table.node, T, tax)); assert (table['hd@5'] >= table['hd@5_floor'] - 1e-9).all() and (table['hd@20'] >= table['hd@20_floor'] - 1e-9).all()
 
 # ---- other people's implementations ----------------------------------------------------------------------------------------------------------------------------
 def labels(tax, nodes): # for hiclass: the path below the root, one label a level
