@@ -11,9 +11,10 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from .core import HiermetricError, atomic_path
+from .taxonomy import LabelGraph, Taxonomy
 
 # %% auto #0
-__all__ = ['wordnet_names', 'build_closure']
+__all__ = ['wordnet_names', 'build_closure', 'wordnet_graph', 'wordnet_taxonomy']
 
 # %% ../nbs/01_wordnet.ipynb #90ddaa37
 CLOSURE = 'wordnet-imagenet.tsv.gz'
@@ -83,3 +84,27 @@ def build_closure(
     lines = [f"{w}\t{lemma if uses[lemma]==1 else f'{lemma} ({sense})'}\t{' '.join(up)}\n" for w,(lemma,sense,up) in sorted(rows.items())]
     with atomic_path(path) as tmp: tmp.write_bytes(gzip.compress(''.join(lines).encode(), mtime=0))
     return len(rows)
+
+# %% ../nbs/01_wordnet.ipynb #7d09bee2
+def wordnet_graph(
+    wnids:Iterable[str], # WordNet 3.0 noun ids
+)->LabelGraph: # its nodes are named as by `wordnet_names`
+    "The ids and everything above them: WordNet's own graph, with several parents where it has several"
+    todo = _listed(wnids); seen, edges = set(todo), []
+    for w in todo:
+        name, up = _synset(w)
+        edges += [(_synset(p)[0], name) for p in up]
+        todo += (new := [p for p in up if p not in seen]); seen.update(new)
+    return LabelGraph(edges, wordnet_names(todo))
+
+# %% ../nbs/01_wordnet.ipynb #c7b088e3
+def wordnet_taxonomy(
+    wnids:Iterable[str], # WordNet 3.0 noun ids
+    policy:str='first', # which of several hypernyms stays, as for `LabelGraph.to_tree`: 'first', 'shortest', 'longest', 'balanced'
+    prune:bool=True, # contract nodes with a single child
+)->Taxonomy: # its nodes are named as by `wordnet_names`
+    "Tree over the ids, each of them a node and nothing below them"
+    wnids = _listed(wnids); classes = list(dict.fromkeys(wordnet_names(wnids)))
+    tree = wordnet_graph(wnids).to_tree(policy)
+    tree = tree.prune(keep=classes) if prune else tree.subset([c for c in classes if not tree.heights[tree.index(c)]])
+    return Taxonomy(tree.names, tree.parents, tree.contracted)
