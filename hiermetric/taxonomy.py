@@ -690,9 +690,12 @@ def node_probs(self:Taxonomy,
     if not p.ndim or p.shape[-1]!=self.n_leaves: raise TaxonomyError(f"Leaf probabilities have the shape {tuple(p.shape)}; the last size must be {self.n_leaves}, the number of leaves.")
     if _is_tensor(p): return self._node_probs_torch(p)
     if p.size and not p.min()>=0: raise TaxonomyError("Leaf probabilities hold NaN or a negative number.")
-    c = np.zeros((*p.shape[:-1], self.n_leaves+1)); np.cumsum(p, -1, out=c[...,1:])
-    out = c.take(self.leaf_stop, -1); out -= c.take(self.leaf_start, -1)
-    return out.astype(p.dtype if p.dtype.kind=='f' else out.dtype, copy=False)
+    flat, block = p.reshape(-1, self.n_leaves), 1<<15
+    out, rows = np.empty((len(flat), len(self)), p.dtype if p.dtype.kind=='f' else np.float64), max(1, block//len(self))
+    for i in range(0, len(flat), rows):
+        few = flat[i:i+rows]; c = np.zeros((len(few), self.n_leaves+1)); np.cumsum(few, -1, out=c[:,1:])
+        for k in range(0, len(self), block): out[i:i+rows,k:k+block] = c.take(self.leaf_stop[k:k+block], 1)-c.take(self.leaf_start[k:k+block], 1)
+    return out.reshape(*p.shape[:-1], len(self))
 
 # %% ../nbs/00_taxonomy.ipynb #26c1206c
 @patch
@@ -931,9 +934,9 @@ def _branches(tax:Taxonomy)->list[int]: # node ids
     return tops
 
 def _hues(tax:Taxonomy)->np.ndarray: # (N, 3) red, green, blue in [0, 1]
-    "One hue a branch, grey above them"
+    "One hue a branch (none is red), grey above them"
     import seaborn as sns
-    wheel, rgb, across = np.array(sns.husl_palette(256, s=.8, l=.55)), np.full((len(tax), 3), .6), _stand(tax, True)[0]
+    wheel, rgb, across = np.array(sns.husl_palette(320, s=.8, l=.55))[36:292], np.full((len(tax), 3), .6), _stand(tax, True)[0]
     for i in _branches(tax): rgb[i:tax.last[i]+1] = wheel[int(256*across[i]/tax.n_leaves)]
     return rgb
 
@@ -952,7 +955,7 @@ def _fit(ax:Axes, tax:Taxonomy, kind:str, names:float, root:float, pictures:bool
         ax.set(xlim=(-(root+8)/unit, (w-root-8)/unit), ylim=(-L+.4, .6))
     else:
         slot = min(2*np.pi/L, .5)*pictures; half = min(w, h)/2
-        unit = max(half-names-8, .3*half)/(1+slot+.2*bars); start, side = 1+4/unit+slot, .92*slot*unit
+        unit = max(half-names-8, .3*half)/(1+slot+.2*bars); start, side = 1+6/unit+slot, .92*slot*unit
         ax.set(xlim=(-w/unit/2, w/unit/2), ylim=(-h/unit/2, h/unit/2))
     return start, start+.2*bars, side
 
@@ -1071,8 +1074,7 @@ def plot(self:LabelGraph,
     a, b = (tree.layout(kind)[['x', 'y']].values[tree.index(list(lost[o]))] if len(lost) else np.empty((0, 2)) for o in ('parent', 'child'))
     t = np.linspace(0, 1, 40)[:,None,None]
     if kind=='radial': bows = (1-t)**2*a + 1.6*t*(1-t)*(a+b)/2 + t**2*b
-    else:
-        s = t*t*(3-2*t); bows = np.concatenate([a[None,:,:1]+(b-a)[None,:,:1]*t, a[None,:,1:]+(b-a)[None,:,1:]*s], -1)
+    else: bows = a + (b-a)*np.concatenate([t, t*t*(3-2*t)], -1) - 4*t*(1-t)*np.maximum(.1-np.abs(b-a), 0)*[1, 0]      # round to the left where one end is above the other
     ax.add_collection(LineCollection(bows.swapaxes(0, 1), colors='crimson', lw=1., alpha=.8, zorder=3))
     ax.scatter(*b.T, s=22, facecolors='none', edgecolors='crimson', zorder=3)
     return ax
