@@ -4,11 +4,11 @@
 
 # %% ../nbs/00_taxonomy.ipynb #4fef02e9
 from __future__ import annotations
-import csv, functools, os, re, sys, unicodedata, warnings, zipfile
+import csv, functools, os, re, sys, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,17 @@ class Names(Sequence):
         ends:np.ndarray, # (N+1,) int64; name i is `blob[ends[i]:ends[i+1]]`
     ): self.blob, self.ends = blob, _frozen(ends)
 
+    def take(self,
+        ids:np.ndarray, # (M,) numbers of names
+    )->Names: # M names
+        "Some names, in any order, without making strings of them"
+        sizes, source = np.diff(self.ends)[ids], np.frombuffer(self.blob, np.uint8)
+        ends = np.append(0, np.cumsum(sizes)); out = np.empty(ends[-1], np.uint8)
+        for k in range(0, len(ids), 1<<16):
+            n = sizes[k:k+(1<<16)]; a, b = ends[k], ends[k+len(n)]
+            out[a:b] = source[np.arange(a, b)+np.repeat(self.ends[ids[k:k+len(n)]]-ends[k:k+len(n)], n)]
+        return Names(out.tobytes(), ends)
+
     def __len__(self)->int: return len(self.ends)-1
 
     def __getitem__(self,
@@ -104,11 +115,32 @@ def _frozen(a:np.ndarray)->np.ndarray:
 
 def _pack(names:Iterable[str])->Names:
     "`Names` of any strings"
+    if isinstance(names, Names): return names
     names = list(names); text = ''.join(names)
     parts = names if text.isascii() else [o.encode('utf-8', 'surrogateescape') for o in names]
     ends = np.zeros(len(names)+1, np.int64)
     np.cumsum(np.fromiter(map(len, parts), np.int64, len(names)), out=ends[1:])
     return Names(text.encode('utf-8', 'surrogateescape'), ends)
+
+# %% ../nbs/00_taxonomy.ipynb #2a034d03
+def _hash_names(names:Sequence[str])->tuple[np.ndarray,np.ndarray]: # (N,) sorted hashes, (N,) whose they are
+    "A table to look names up in"
+    h = np.fromiter(map(hash, names), np.int64, len(names))
+    order = np.argsort(h)
+    return h[order], order.astype(np.int32)
+
+def _look_up(
+    wanted:Sequence[str], # (M,)
+    names:Sequence[str], # (N,)
+    table:tuple[np.ndarray,np.ndarray], # `_hash_names(names)`
+)->np.ndarray: # (M,) int32, −1 where no name or more than one has the hash
+    "Places of names"
+    h, order = table
+    w = np.fromiter(map(hash, wanted), np.int64, len(wanted)); by = np.argsort(w)
+    at = np.empty(len(w), np.int32); at[by] = np.minimum(np.searchsorted(h, w[by]), len(h)-1)
+    once = np.append(h[1:]!=h[:-1], True)[at]
+    at = order[at]
+    return np.where(once & np.fromiter(map(str.__eq__, map(names.__getitem__, at.tolist()), wanted), bool, len(w)), at, np.int32(-1))
 
 # %% ../nbs/00_taxonomy.ipynb #6bc36bf5
 class Taxonomy:
@@ -120,21 +152,22 @@ class Taxonomy:
         hollow:Iterable[int]=(), # positions of childless nodes that are no classes; `prune` takes them out
         distinct:bool=False, # siblings are known to differ in name, so do not check
     ):
-        names, parents = names if isinstance(names, Names) else list(names), np.array(parents, np.int32)
+        names, parents = _pack(names), np.asarray(parents if hasattr(parents, '__len__') else list(parents))
         if len(names)!=len(parents): raise TaxonomyError(f"There are {len(names)} names and {len(parents)} parents; every node has one of each.")
         if not len(names): raise TaxonomyError("The tree is empty; give it at least a root.")
         _check_root(names, parents)
+        parents = parents.astype(np.int32)
         sizes = _over_subtree(np.add, np.ones(len(parents), np.int32), parents)
         if sizes.max()!=len(parents) or parents[sizes.argmax()]>=0: raise TaxonomyError(f"The tree has a cycle, from child to parent: {_cycle(names, parents)}; take one of these edges out.")
         number = _depth_first(parents, sizes)
         if (np.diff(number)!=1).any():
             order = np.argsort(number); sizes = sizes[order]
             parents = np.append(number, np.int32(-1))[parents[order]]
-            names = np.array(list(names), object)[order].tolist()
+            names = names.take(order)
             contracted, hollow = {number[k]: v for k,v in (contracted or {}).items()}, [number[k] for k in hollow]
         depths = _over_path(np.add, (parents>=0).astype(np.int32), parents)
         self.__dict__.update(
-            names=names if isinstance(names, Names) else _pack(names), parents=_frozen(parents), depths=_frozen(depths),
+            names=names, parents=_frozen(parents), depths=_frozen(depths),
             heights=_frozen(_over_subtree(np.maximum, depths, parents)-depths), last=_frozen(np.arange(len(sizes), dtype=np.int32)+sizes-1),
             contracted=MappingProxyType({int(k): tuple(v) for k,v in (contracted or {}).items()}), hollow=tuple(sorted(map(int, hollow))), _tensors={})
         if not distinct: _check_siblings(self)
@@ -186,9 +219,7 @@ class Taxonomy:
     @functools.cached_property
     def _hashes(self)->tuple[np.ndarray,np.ndarray]: # (N,) sorted hashes of the names, (N,) the nodes in that order
         "Where `index` looks names up"
-        h = np.fromiter(map(hash, self.names), np.int64, len(self))
-        order = np.argsort(h, kind='stable').astype(np.int32)
-        return h[order], order
+        return _hash_names(self.names)
 
     @functools.cached_property
     def _labels(self)->np.ndarray: # (3, N+1) int32
@@ -207,22 +238,23 @@ class Taxonomy:
 
 # %% ../nbs/00_taxonomy.ipynb #d941449b
 def _arrow(names:Sequence[str], most:int=8)->str: return ' → '.join([*names[:most], *(['…', names[-1]] if len(names)>most else [])])
-def _few(names:Sequence[str], most:int=5)->str: return ', '.join(map(repr, names[:most]))+(f' and {len(names)-most:,} more' if len(names)>most else '')
+def _few(names:Sequence[str], total:int|None=None)->str: return ', '.join(map(repr, names[:5]))+(f' and {n-5:,} more' if (n := total or len(names))>5 else '')
 
-def _check_root(names:Sequence[str], parents:np.ndarray)->None:
+def _check_root(names:Names, parents:np.ndarray)->None:
     "Parents that exist, and at most one root"
+    if parents.dtype.kind not in 'iu': raise TaxonomyError(f"Parents are positions, which are integers, not {parents.dtype}; −1 marks the root.")
     bad = np.flatnonzero((parents<-1)|(parents>=len(parents)))
     if len(bad): raise TaxonomyError(f"{names[bad[0]]!r} has the parent number {parents[bad[0]]}; nodes are 0 … {len(parents)-1}, and −1 marks the root.")
     roots = np.flatnonzero(parents<0).tolist()
-    if len(roots)>1: raise TaxonomyError(f"There are {len(roots):,} roots ({_few([names[i] for i in roots])}) and a tree has one; root='name' puts one above them.")
+    if len(roots)>1: raise TaxonomyError(f"There are {len(roots):,} roots ({_few(names[roots[:6]], len(roots))}) and a tree has one; root='name' puts one above them.")
 
-def _cycle(names:Sequence[str], parents:np.ndarray)->str:
+def _cycle(names:Names, parents:np.ndarray)->str:
     "The names along one cycle"
     *_, up = _strides(parents)
     path = [int(up.max())]   # who is still below the root after N generations stands on a cycle
     while (above := int(parents[path[-1]]))!=path[0]: path.append(above)
     k = path.index(min(path))
-    return _arrow([names[i] for i in [*path[k:], *path[:k+1]]])
+    return _arrow(names[[*path[k:], *path[:k+1]]])
 
 def _check_siblings(tax:Taxonomy)->None:
     "Children of one parent have different names"
@@ -242,7 +274,7 @@ def _named(self:Taxonomy, name:str)->list[int]:
     "The nodes of this very name"
     h, order = self._hashes
     at = slice(*np.searchsorted(h, [hash(name)], 'left'), *np.searchsorted(h, [hash(name)], 'right'))
-    return [i for i in order[at].tolist() if self.names[i]==name]
+    return sorted(i for i in order[at].tolist() if self.names[i]==name)
 
 # %% ../nbs/00_taxonomy.ipynb #57e597b0
 @patch
@@ -272,13 +304,10 @@ def index(self:Taxonomy,
     name:str|Iterable[str], # names, or paths where a name stands twice
 )->int|np.ndarray: # node id; (B,) int64 for several names
     "Nodes by name"
-    if isinstance(name, str): return self._find(_clean(name))
+    if isinstance(name, str) or not isinstance(name, Iterable): return self._find(_clean(name))
     names = list(map(_clean, name)); unique = list(dict.fromkeys(names))
-    h, order = self._hashes
-    wanted = np.fromiter(map(hash, unique), np.int64, len(unique))
-    at = np.searchsorted(h, wanted); once = np.searchsorted(h, wanted, 'right')-at==1
-    guess = order[np.minimum(at, len(h)-1)].tolist()
-    ids = {o: g if ok and self.names[g]==o else self._find(o) for o,g,ok in zip(unique, guess, once.tolist())}
+    found = _look_up(unique, self.names, self._hashes).tolist()
+    ids = {o: i if i>=0 else self._find(o) for o,i in zip(unique, found)}
     return np.fromiter(map(ids.__getitem__, names), np.int64, len(names))
 
 # %% ../nbs/00_taxonomy.ipynb #27337557
@@ -293,7 +322,7 @@ def _check_ids(self:Taxonomy, x:Any)->Any:
         if x.device.type=='cpu': self._check_ids(x.numpy())
         return x.long()
     x = np.asarray(x)
-    if x.dtype.kind in 'UO': x = np.reshape(self.index(x.ravel().tolist()), x.shape)
+    if x.dtype.kind in 'UOT': x = np.reshape(self.index(x.ravel().tolist()), x.shape)
     if not x.size: return x.astype(np.int64)
     if x.dtype.kind not in 'iu': raise TaxonomyError(f"Node ids are integers, not {x.dtype}.")
     for worst in (int(x.min()), int(x.max())):
@@ -371,9 +400,14 @@ def _tidy(names:Iterable)->list[str]:
 def _from_pairs(names:list[str], children:list[str], above:list[str], root:str|None, hollow:Iterable[int]=())->Taxonomy:
     "Tree over `names` (all different), in their order, of children and the parents above them; a blank is no parent"
     if '' in children: raise TaxonomyError(f"Row {children.index('')} (counted from 0) has a blank name; name it or remove it.")
-    ids = dict(zip(names, range(len(names))))
-    parent = np.fromiter(map(ids.get, above, repeat(-1)), np.int32, len(above))
-    child = np.arange(len(names)) if names is children else np.fromiter(map(ids.get, children), np.int32, len(children))
+    table = _hash_names(names)
+    def places(wanted:list[str])->np.ndarray:
+        at = _look_up(wanted, names, table)
+        left = [k for k in np.flatnonzero(at<0).tolist() if wanted[k]]   # not there, or two names have one hash
+        ids = {o: i for i,o in enumerate(names)} if left else {}
+        at[left] = [ids.get(wanted[k], -1) for k in left]
+        return at
+    parent, child = places(above), np.arange(len(names)) if names is children else places(children)
     for k in np.flatnonzero(parent<0).tolist():
         if above[k]: raise TaxonomyError(f"{children[k]!r} has the parent {above[k]!r}, which is not in the tree.{did_you_mean(above[k], names[:10_000])} Add it as a node of its own, with the parent None if it is the root.")
     tree = np.full(len(names), -1, np.int32); tree[child] = parent
@@ -381,7 +415,7 @@ def _from_pairs(names:list[str], children:list[str], above:list[str], root:str|N
         both = ' and '.join(repr(o) if o else 'none' for o in (above[k], names[tree[child[k]]] if tree[child[k]]>=0 else ''))
         raise TaxonomyError(f"{children[k]!r} has two parents, {both}, and a tree allows one; LabelGraph(edges).to_tree() chooses by a rule.")
     if root is not None and (tree<0).sum()>1:
-        if root in ids: raise TaxonomyError(f"{root!r} cannot be put above the roots because a node has that name; choose another.")
+        if root in names: raise TaxonomyError(f"{root!r} cannot be put above the roots because a node has that name; choose another.")
         names, tree, hollow = [root, *names], np.append(np.int32(-1), tree+np.int32(1)), [k+1 for k in hollow]
     return Taxonomy(names, tree, hollow=hollow, distinct=True)
 
@@ -545,7 +579,7 @@ def from_newick(cls:Taxonomy,
     root:str='root', # name of a root without a label
 )->Taxonomy:
     "Tree of a Newick string or file"
-    if isinstance(source, Path) or not re.search('[(;]', source):
+    if isinstance(source, Path) or not re.search('[(;]', source) or len(source)<256 and Path(source).is_file():
         if not Path(source).is_file(): raise TaxonomyError(f"There is no file {source}, and it is no Newick text either (which has brackets and a ';').")
         source = Path(source).read_text(encoding='utf-8-sig')
     names, parents = _parse_newick(source.strip('\ufeff \n'))
@@ -591,14 +625,14 @@ def _meet(u:Any, v:Any, label:Any, asc:Any, up:Any, lib:Any)->Any: # `lib` is nu
 
 # %% ../nbs/00_taxonomy.ipynb #5d93b811
 @patch
-def _lca_arrays(self:Taxonomy, u:np.ndarray, v:np.ndarray, block:int=8192)->np.ndarray: # (M,) int64
+def _lca_arrays(self:Taxonomy, u:np.ndarray, v:np.ndarray, block:int=1<<15)->np.ndarray: # (M,) int64
     "`lca` of flat arrays, block by block on all cores"
     out, labels = np.empty(len(u), np.int64), self._labels
     def work(cut:range)->None:
         for k in cut: out[k:k+block] = _meet(u[k:k+block], v[k:k+block], *labels, np)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     cuts = [range(k, len(u), cores*block) for k in range(0, len(u), block)][:cores]
-    if len(u)<20*block: list(map(work, cuts))
+    if len(cuts)<2: list(map(work, cuts))
     else:
         with ThreadPoolExecutor(cores) as pool: list(pool.map(work, cuts))
     return out
@@ -698,14 +732,19 @@ def node_probs(self:Taxonomy,
     return out.reshape(*p.shape[:-1], len(self))
 
 # %% ../nbs/00_taxonomy.ipynb #26c1206c
+def _ascending(c:'torch.Tensor')->'torch.Tensor':
+    "Prefix sums whose last bits may descend, raised to their running maximum; the gradient passes through"
+    return c+(c.cummax(-1).values-c).detach()
+
 @patch
 def _node_probs_torch(self:Taxonomy, p:'torch.Tensor')->'torch.Tensor':
     "The same for tensors"
     torch = sys.modules['torch']
     c = torch.nn.functional.pad(p.to(torch.float64).cumsum(-1), (1, 0))
-    if p.device.type!='cpu': c = c+(c.cummax(-1).values-c).detach()   # sums in parallel need not ascend
+    if p.device.type!='cpu': c = _ascending(c)
     elif p.numel() and not p.detach().min()>=0: raise TaxonomyError("Leaf probabilities hold NaN or a negative number.")
-    return (c.index_select(-1, self.tensor('leaf_stop', p.device))-c.index_select(-1, self.tensor('leaf_start', p.device))).to(p.dtype)
+    start, stop = (self.tensor(o, p.device).expand(*p.shape[:-1], -1) for o in ('leaf_start', 'leaf_stop'))
+    return (c.gather(-1, stop)-c.gather(-1, start)).to(p.dtype)
 
 # %% ../nbs/00_taxonomy.ipynb #d32614dd
 @patch
@@ -732,7 +771,7 @@ def _kept(self:Taxonomy,
     while not keep[up].all(): up = up[up]
     ids, new = np.flatnonzero(keep), np.cumsum(keep)-1
     parents = np.append(-1, new[up[self.parents[ids[1:]]]])
-    return Taxonomy(self.names[ids], parents, {int(new[k]): o for k,o in contracted.items() if keep[k]}, new[[k for k in self.hollow if keep[k]]])
+    return Taxonomy(self.names.take(ids), parents, {int(new[k]): o for k,o in contracted.items() if keep[k]}, new[[k for k in self.hollow if keep[k]]])
 
 # %% ../nbs/00_taxonomy.ipynb #80dd8c92
 @patch
@@ -800,7 +839,7 @@ def load(cls:Taxonomy,
         for k,o in zip(a['contracted'].tolist(), Names(a['contracted_blob'].tobytes(), a['contracted_ends'])): contracted.setdefault(k, []).append(o)
         tax = cls(Names(a['blob'].tobytes(), a['ends']), a['parents'], contracted, a['hollow'], distinct=True)
         if tax.fingerprint!=a['fingerprint']: raise ValueError('contents and fingerprint differ')
-    except (ValueError, TypeError, KeyError, IndexError, OSError, EOFError, zipfile.BadZipFile, TaxonomyError) as e:
+    except Exception as e:   # a damaged archive can raise anything
         raise TaxonomyError(f"{path} is no taxonomy file, or a damaged one ({e}); save it again with Taxonomy.save.") from e
     return tax
 

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import log2
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from hiermetric import taxonomy
 from hiermetric.core import HiermetricError
 from hiermetric.taxonomy import LabelGraph, Names, Taxonomy, TaxonomyError, TaxonomyWarning
 
@@ -221,7 +222,7 @@ def test_unknown_names_and_ids():
     tax = Taxonomy.from_paths({'house cat': 'mammal', 'dog': 'mammal'})
     for ask, message in ((lambda: tax.index('house-cat'), "There is no 'house-cat' in the tree of 'root'. Did you mean 'house cat'?"), (lambda: tax.index(['dog', 'frog']), "There is no 'frog'"),
             (lambda: tax.path(9), 'There is no node 9; the tree has nodes 0 … 3.'), (lambda: tax.lca([0, -1], 2), 'There is no node -1; the tree has nodes 0 … 3.'),
-            (lambda: tax.lca(torch.tensor([4]), 0), 'There is no node 4'), (lambda: tax.multi_hot([.5]), 'Node ids are integers, not float64.'), (lambda: tax.index('mammal/frog'), "There is no 'mammal/frog'"),
+            (lambda: tax.lca(torch.tensor([4]), 0), 'There is no node 4'), (lambda: tax.multi_hot([.5]), 'Node ids are integers, not float64.'), (lambda: tax.index('mammal/frog'), "There is no 'mammal/frog'"), (lambda: tax.index(5), "There is no '5'"), (lambda: tax.index(['dog', None]), "There is no ''"),
             (lambda: tax.lca(torch.tensor([.5]), 0), 'Node ids are integers, not torch.float32.'), (lambda: tax.lca(np.array([True]), 0), 'Node ids are integers, not bool.'),
             (lambda: tax.cost_matrix('lca'), "There is no cost 'lca'; there are lca_height, lca_depth_cost, edge_distance.")):
         with pytest.raises(TaxonomyError, match=re.escape(message)): ask()
@@ -271,7 +272,8 @@ def test_sources_agree(tmp_path):
     (lambda: Taxonomy.from_paths({'root': ''}), "A node has the name 'root' of the root above all classes; choose another with root='…'."),
     (lambda: Taxonomy(['a'], [-1, 0]), 'There are 1 names and 2 parents; every node has one of each.'),
     (lambda: Taxonomy(['a', 'b'], [-1, 2]), "'b' has the parent number 2; nodes are 0 … 1, and −1 marks the root."),
-    (lambda: Taxonomy(['a', 'b'], [-1, -2]), "'b' has the parent number -2"),
+    (lambda: Taxonomy(['a', 'b'], [-1, -2]), "'b' has the parent number -2"), (lambda: Taxonomy(['a', 'b'], [-1, 2**40]), "'b' has the parent number 1099511627776"),
+    (lambda: Taxonomy(['a', 'b'], [-1, .5]), 'Parents are positions, which are integers, not float64; −1 marks the root.'),
     (lambda: Taxonomy(['a', 'b', 'b'], [-1, 0, 0]), "'a' has 2 children named 'b'; give them different names."),
     (lambda: Taxonomy.from_newick('((a,b)c,d'), 'a bracket is not closed'), (lambda: Taxonomy.from_newick('(a,b))c;'), 'more brackets close than open'),
     (lambda: Taxonomy.from_newick('(a,b);(c,d);'), 'something follows the end of the tree'), (lambda: Taxonomy.from_newick('(a:x,b);'), 'a branch length is not a number'),
@@ -420,7 +422,7 @@ def test_fancy_names_survive(tmp_path):
 
 def test_damaged_files(tmp_path):
     path = fancy().save(tmp_path/'t'); whole = path.read_bytes()
-    for k in range(0, len(whole), 97):
+    for k in range(0, len(whole), 11):
         path.write_bytes(whole[:k]+bytes([whole[k]^255])+whole[k+1:])
         try: assert Taxonomy.load(path)==fancy()    # a byte that carries nothing, such as a time stamp
         except TaxonomyError as e: assert 'is no taxonomy file, or a damaged one' in str(e)
@@ -508,3 +510,20 @@ def test_lca_after_fork(large):
     pid = os.fork()
     if not pid: os._exit(0 if (large.lca(u, v)==want).all() else 1)
     assert os.waitpid(pid, 0)[1]==0
+
+@pytest.mark.parametrize('hashed', [len, lambda name: 0, lambda name: -len(name)])
+def test_names_whose_hashes_collide(monkeypatch, hashed):
+    monkeypatch.setattr(taxonomy, 'hash', hashed, raising=False)
+    slow = Slow({'r': None, 'a': 'r', 'b': 'a', 'cc': 'a', 'dd': 'cc', 'e': 'r'})
+    tax = Taxonomy.from_parents(slow.parent)
+    assert list(tax.names)==slow.order and tax.index(slow.order).tolist()==list(range(6)) and tax.index('a/cc/dd')==4
+    assert Taxonomy.from_edges([(p, c) for c,p in slow.parent.items() if p])==tax
+    with pytest.raises(TaxonomyError, match="'x' has the parent 'z', which is not in the tree"): Taxonomy.from_parents({'r': None, 'x': 'z'})
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(-2, 2)), min_size=1, max_size=50))
+def test_parallel_sums_are_made_to_ascend(steps):
+    c = np.cumsum([o for o,_ in steps])+.5
+    noisy = torch.tensor(c*(1+2**-52*np.array([k for _,k in steps])), requires_grad=True)     # some units in the last place away
+    out = taxonomy._ascending(noisy)
+    assert (out.diff()>=0).all() and out.tolist()==np.maximum.accumulate(noisy.detach().numpy()).tolist()
+    out.sum().backward(); assert (noisy.grad==1).all()
