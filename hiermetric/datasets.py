@@ -4,13 +4,17 @@
 
 # %% ../nbs/02_datasets.ipynb #cb540aa5
 from __future__ import annotations
-import hashlib, os, unicodedata
-from collections.abc import Iterable
+import colorsys, hashlib, math, os, unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 import numpy as np, pandas as pd
+from fastcore.basics import patch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from rich.progress import track
 from .core import HiermetricError, Registry, atomic_path, cache_dir, data_dir, did_you_mean, download, fingerprint, unpack
 from .taxonomy import Taxonomy
 from .wordnet import wordnet_names, wordnet_taxonomy
@@ -18,11 +22,8 @@ from .wordnet import wordnet_names, wordnet_taxonomy
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_TYPES', 'TINY_IMAGENET', 'PLANKTONSET', 'CIFAR_100', 'DATASETS', 'name_hash', 'split_counts',
            'stratified_split', 'ImageTable', 'find_images', 'split_folders', 'read_taxonomy', 'folder_dataset',
-           'Source', 'locate', 'tiny_imagenet', 'planktonset', 'cifar_to_png', 'cifar_100', 'list_datasets',
-           'load_dataset']
-
-# %% ../nbs/02_datasets.ipynb #3a98764b
-from fastcore.basics import patch
+           'Source', 'locate', 'tiny_imagenet', 'planktonset', 'cifar_to_png', 'cifar_100', 'synthetic_taxa',
+           'list_datasets', 'load_dataset']
 
 # %% ../nbs/02_datasets.ipynb #168b8e7c
 def name_hash(
@@ -341,7 +342,6 @@ def cifar_to_png(
     out:str|Path, # written as OUT/{train,test}/CLASS/NUMBER.png; an existing folder is taken as done
 )->Path: # `out`
     "Convert CIFAR-100's binary version to class folders"
-    from PIL import Image
     home, out = Path(home), Path(out)
     if out.exists(): return out
     names = (home/'fine_label_names.txt').read_text().split()
@@ -367,9 +367,530 @@ def cifar_100(
     else: home = base/'cifar-100' if (base/'cifar-100').is_dir() else base
     return folder_dataset(home, _TREES/'cifar-100-taxonomy.csv' if taxonomy is None else taxonomy, None, 'cifar-100')
 
-# %% ../nbs/02_datasets.ipynb #5cd3aaae
+# %% ../nbs/02_datasets.ipynb #1af96b07
+class _Dice:
+    "Random numbers that are a function of their key alone, on every machine"
+    def __init__(self, *key:int|str):
+        self.bits = np.random.PCG64(np.random.SeedSequence([name_hash(str(o)) for o in key]))
+    def raw(self, n:int)->np.ndarray: return self.bits.random_raw(n)
+    def uniform(self, low:float=0., high:float=1., n:int|None=None)->float|np.ndarray:
+        x = low + (high-low)*((self.raw(n or 1) >> np.uint64(11))*2.**-53)
+        return x if n else float(x[0])
+    def normal(self, n:int|None=None)->float|np.ndarray: # nearly: the sum of four uniform numbers
+        x = (self.uniform(n=4*(n or 1)).reshape(4, -1).sum(0)-2)*3**.5
+        return x if n else float(x[0])
+    def integer(self, low:int, high:int)->int: return low + int(self.raw(1)[0] % np.uint64(high-low))   # below `high`
+    def choice(self, items:Sequence)->Any: return items[self.integer(0, len(items))]
+    def shuffled(self, items:Sequence)->list: return [items[i] for i in np.argsort(self.raw(len(items)), kind='stable')]
+
+# %% ../nbs/02_datasets.ipynb #ec245804
+@dataclass
+class _Genome:
+    "Everything that a species hands on to its individuals"
+    hue:float=.08; sat:float=.55; val:float=.7   # colour of the body
+    hue2:float=.6; contrast:float=-.3            # hue of the pattern, and how much brighter it is than the body
+    pattern:str='plain'; count:int=4             # texture, and how many bands, spots or stripes
+    aspect:float=.4                              # width over length
+    limb:float=1.; antenna:float=1.; tail:float=1.; wing:float=1.; horn:float=0.   # lengths of appendages
+    n:int=5                                      # how many limbs, arms, spines, whorls, ribs or cells
+    shape:float=1.                               # what the body plan makes of it
+    size:float=1.; bend:float=0.; soft:float=.3  # size, bend of the body, and how much individuals differ in it
+
+    def colour(self, value:float=0., alpha:int=255, second:bool=False, sat:float=0.)->tuple[int,int,int,int]:
+        "The body's colour (or the pattern's), lighter or darker"
+        rgb = colorsys.hsv_to_rgb((self.hue2 if second else self.hue) % 1, min(1, max(0, self.sat+sat)), min(1, max(0, self.val+value)))
+        return (*(round(255*o) for o in rgb), alpha)
+    @property
+    def ink(self)->tuple[int,int,int,int]: return self.colour(self.contrast, second=True)
+
+# %% ../nbs/02_datasets.ipynb #1307070b
+class _Pen:
+    "Draws parts of a body on a transparent canvas, in the coordinates of its spine"
+    def __init__(self,
+        size:int, # of the canvas, pixels
+        angle:float, # of the body, radians
+        scale:float, # half the length of the body over half the canvas
+        flip:bool=False, # mirrored
+        bend:float=0., wave:float=0., phase:float=0., # of the spine
+    ):
+        self.size, self.unit = size, scale*size/2
+        self.image = Image.new('RGBA', (size, size)); self.draw = ImageDraw.Draw(self.image)
+        c, s = math.cos(angle)*self.unit, math.sin(angle)*self.unit
+        self.turn = np.array([[c, s], [s, -c] if flip else [-s, c]])
+        t = np.linspace(-1, 1, 65); way = bend*t + wave*np.sin(3.5*t+phase)
+        along = np.stack([np.cos(way), np.sin(way)], 1); spine = np.cumsum(along, 0)/32
+        self.frame = np.concatenate([spine-(spine[:1]+spine[-1:])/2, along, np.stack([-along[:, 1], along[:, 0]], 1)], 1)   # (65, 6) place, direction, normal
+
+    def at(self, t, u=0.)->np.ndarray: # (…, 2)
+        "Points at `t` along the spine (beyond its ends: straight on) and `u` off it"
+        t, u = np.asarray(t), np.asarray(u)
+        inside = np.minimum(np.maximum(t, -1), 1); k = (inside+1)*32; i = np.minimum(k.astype(int), 63); f = (k-i)[..., None]
+        o = self.frame[i]*(1-f) + self.frame[i+1]*f
+        return o[..., :2] + o[..., 2:4]*(t-inside)[..., None] + o[..., 4:]*u[..., None]
+
+    def way(self, t:float)->float:
+        "Direction of the spine at `t`, radians"
+        _, _, x, y, _, _ = self.frame[round((min(1, max(-1, t))+1)*32)]
+        return math.atan2(y, x)
+
+    def _xy(self, points)->list[int]: return np.rint(np.asarray(points) @ self.turn + self.size/2).astype(int).ravel().tolist()
+    def area(self, points, fill)->None: self.draw.polygon(self._xy(points), fill=fill)
+    def line(self, points, width:float, fill)->None: self.draw.line(self._xy(points), fill=fill, width=max(1, round(width*self.unit)), joint='curve')
+
+    def tube(self, a:float, b:float, width:Callable, fill, u:float=0., n:int=28)->None:
+        "Part of the body between `a` and `b`, `width(t)` to either side"
+        t = np.linspace(a, b, n); w = width(t)
+        self.area(np.concatenate([self.at(t, u+w), self.at(t[::-1], u-w[::-1])]), fill)
+    def oval(self, t:float, u:float, rt:float, ru:float, fill, n:int=16)->None:
+        a = np.linspace(0, 2*math.pi, n, endpoint=False); self.area(self.at(t+rt*np.cos(a), u+ru*np.sin(a)), fill)
+    def disc(self, at, r:float, fill, n:int=20)->None:
+        a = np.linspace(0, 2*math.pi, n, endpoint=False); self.area(np.asarray(at)+r*np.stack([np.cos(a), np.sin(a)], 1), fill)
+    def limb(self, base, angle:float, lengths:Sequence[float], turn:float, width:float, fill)->np.ndarray: # its end
+        "Jointed: turns at each joint, and gets thinner"
+        for i, l in enumerate(lengths):
+            end = base + l*np.array([math.cos(angle+i*turn), math.sin(angle+i*turn)])
+            self.line([base, end], width*(1-.55*i/len(lengths)), fill); base = end
+        return base
+    def hair(self, base, angle:float, length:float, curl:float, width:float, fill, n:int=9)->np.ndarray: # its end
+        "Curved thread"
+        a = angle+np.linspace(0, curl, n); p = np.cumsum(np.concatenate([[base], np.stack([np.cos(a), np.sin(a)], 1)*length/n]), 0)
+        self.line(p, width, fill); return p[-1]
+
+# %% ../nbs/02_datasets.ipynb #e1d51be6
+def _egg(a:float, b:float, w:float, skew:float=0.)->Callable:
+    "Half-width of an oval from `a` to `b`; a positive `skew` makes it thicker towards `b`"
+    def width(t):
+        x = np.clip((t-a)/(b-a), 0, 1)
+        return w*np.sqrt(4*x*(1-x))*(1+skew*(2*x-1))
+    return width
+
+def _rod(a:float, b:float, wa:float, wb:float, end:float=.12)->Callable:
+    "Half-width of a rod that goes from `wa` to `wb`, its ends round"
+    def width(t):
+        x = np.clip((t-a)/(b-a), 0, 1); e = np.minimum(1, np.minimum(x, 1-x)/end)
+        return (wa+(wb-wa)*x)*np.sqrt(e*(2-e))
+    return width
+
+# %% ../nbs/02_datasets.ipynb #18754e49
+def _texture(p:_Pen, g:_Genome, a:float, b:float, width:Callable, u:float=0.)->None:
+    "Paint the pattern of `g` on a part of the body"
+    n, ink = g.count, g.ink
+    if g.pattern == 'bands':
+        h = .36*(b-a)/(2*n+2)
+        for c in np.linspace(a, b, n+2)[1:-1]: p.tube(c-h, c+h, lambda t: width(t)*.97, ink, u, 8)
+    elif g.pattern == 'stripes':
+        t = np.linspace(a+.06*(b-a), b-.06*(b-a), 16)
+        for k in np.linspace(-.62, .62, n): p.line(p.at(t, u+k*width(t)), .13*width((a+b)/2)+.008, ink)
+    elif g.pattern == 'saddle': p.oval((a+b)/2, u, .035*(b-a)*(n+3), .8*width((a+b)/2), ink, 24)
+    elif g.pattern != 'plain':   # spots and eyespots
+        for t in a+(b-a)*(np.arange(n)+.7)/(n+.4):
+            w = width(t); r = min(w*(.3 if g.pattern == 'spots' else .5), .34*(b-a)/n)
+            for k in (-.5, .5) if g.pattern == 'spots' else (0,): p.oval(t, u+k*w, r, r, ink)
+            if g.pattern == 'eyespots': p.oval(t, u, r*.5, r*.5, g.colour(.25), 12)
+
+_BLACK = (18, 15, 16, 255)
+
+# %% ../nbs/02_datasets.ipynb #e3ae9286
+def _beetle(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, dark = g.aspect, g.colour(-.35)
+    for s in (-1, 1):
+        for t, a, turn in ((.28, .9, -.45), (.05, 1.5, -.35), (-.18, 2.2, -.35)):
+            p.limb(p.at(t, s*w*.6), s*(a+.13*r.normal()), (w*.45+.16*g.limb, .26*g.limb, .14*g.limb), s*turn, .035, dark)
+        p.hair(p.at(.78, s*.06), s*(.35+.12*r.normal()), .42*g.antenna, s*.7, .018, dark)
+        if g.horn: p.hair(p.at(.9, s*.07), s*(.35+.06*r.normal()), .3*g.horn, -s*1.1, .05, dark, 6)   # mandibles
+    p.tube(.6, .98, _egg(.6, .98, w*.42), g.colour(-.22))
+    for s in (-1, 1): p.oval(.84, s*w*.3, .035, .035, _BLACK, 10)
+    p.tube(.3, .74, _egg(.24, .8, w*.78), g.colour(-.12))
+    wings = _egg(-.98, .52, w, .12*g.shape)
+    p.tube(-.98, .5, wings, g.colour(-.3)); p.tube(-.95, .46, lambda t: wings(t)*.92, g.colour())
+    _texture(p, g, -.9, .38, lambda t: wings(t)*.9)
+    p.line(p.at([-.93, .46]), .016, g.colour(-.4))
+
+# %% ../nbs/02_datasets.ipynb #ad235791
+def _fly(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, dark = g.aspect, g.colour(-.35)
+    spread = .5+.2*r.normal()
+    for s in (-1, 1):
+        for t, a, turn in ((.38, .8, .4), (.25, 1.5, -.4), (.12, 2.3, -.4)): p.limb(p.at(t, s*w*.5), s*(a+.13*r.normal()), (.2*g.limb, .28*g.limb, .18*g.limb), s*turn, .026, dark)
+        p.hair(p.at(.8, s*.05), s*(.4+.1*r.normal()), .4*g.antenna, s*.5, .018, dark)
+    tail = _egg(-1, .2, w*.78, .2*g.shape)
+    p.tube(-1, .16, tail, g.colour(-.28)); p.tube(-.97, .13, lambda t: tail(t)*.9, g.colour()); _texture(p, g, -.92, .1, lambda t: tail(t)*.88)
+    p.tube(.06, .6, _egg(.04, .62, w*.8), g.colour(-.15)); p.tube(.56, .92, _egg(.56, .92, w*.6), g.colour(-.1))
+    for s in (-1, 1):
+        p.oval(.78, s*w*.45, .1, .08, (115, 35, 35, 255), 14)
+        for k, l, a in ((0, .98, 2.05), (.14, .62, 2.55)):   # two pairs of wings
+            l *= g.wing; a = s*(a+spread/2); x = np.linspace(0, 1, 16); h = .26*l*np.sqrt(4*x*(1-x))*(.5+.7*x)
+            base, d = p.at(.34-k, s*w*.45), np.array([math.cos(a), math.sin(a)]); n = np.array([-d[1], d[0]])
+            p.area(np.concatenate([base+np.outer(x*l, d)+np.outer(h, n), (base+np.outer(x*l, d)-np.outer(h*.8, n))[::-1]]), g.colour(.3, 120, sat=-.35))
+            for f in (-.15, 0, .15): p.line([base, base+l*(.9*d+f*n)], .009, g.colour(-.1, 190))
+
+# %% ../nbs/02_datasets.ipynb #448726d5
+def _spider(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, dark = g.aspect, g.colour(-.3)
+    for s in (-1, 1):
+        for k, (a, turn) in enumerate(((.55, .5), (1.15, .5), (1.8, -.55), (2.5, -.55))):
+            p.limb(p.at(.42-.1*k, s*.14), s*(a-turn*.5+.1*r.normal()), (.4*g.limb, .36*g.limb, .3*g.limb), s*turn, .034, dark)
+        q = p.limb(p.at(.62, s*.08), s*.35, (.14, .12+.2*g.horn), -s*.5, .035+.02*g.horn, dark)   # palps, or pincers
+        if g.horn: p.disc(q, .06+.03*g.horn, dark, 12)
+    back = _egg(-.95, .2, w*1.15, -.15*g.shape)
+    p.tube(-.95, .2, back, g.colour(-.3)); p.tube(-.92, .17, lambda t: back(t)*.93, g.colour()); _texture(p, g, -.85, .1, lambda t: back(t)*.85)
+    p.tube(.1, .72, _egg(.08, .74, w*.7), g.colour(-.14))
+    for s in (-1, 1):
+        for k in (.04, .1): p.oval(.64-.6*k, s*k, .02, .02, _BLACK, 8)
+
+# %% ../nbs/02_datasets.ipynb #58a798b9
+def _shrimp(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, dark = g.aspect, g.colour(-.3)
+    for a, l in ((.2, 1.3), (.02, 1.05)): p.hair(p.at(.85, a/2), a+.15*r.normal(), l*g.antenna, -1.5+.3*r.normal(), .014, dark)
+    for i in range(5):
+        p.limb(p.at(.55-.13*i, -w*.7), -1.5-.12*i+.1*r.normal(), (.17*g.limb, .2*g.limb), .55, .026, dark)
+        p.limb(p.at(-.2-.14*i, -w*.55), -2+.1*r.normal(), (.14*g.limb,), 0, .045, g.colour(-.15))
+    for k in (-.5, -.17, .17, .5):   # fan of the tail
+        a = p.way(-.95)+math.pi+k*g.shape; d = np.array([math.cos(a), math.sin(a)]); x = np.linspace(0, 1, 10); h = np.outer(.07*np.sin(math.pi*x**.8), [-d[1], d[0]]); q = p.at(-.93)+np.outer(.3*g.tail*x, d)
+        p.area(np.concatenate([q+h, (q-h)[::-1]]), g.colour(-.05, 225))
+    body = _rod(-1, .75, w*.38, w, .1)
+    p.tube(-1, .75, body, g.colour(-.28)); p.tube(-.98, .73, lambda t: body(t)*.9, g.colour()); _texture(p, g, -.95, .2, lambda t: body(t)*.88)
+    for t in np.linspace(-.85, .05, 6): p.line(p.at(t, np.array([-.9, .9])*body(t)), .012, g.colour(-.25))
+    p.tube(.06, .93, _egg(0, .95, w*1.12, -.05), g.colour(-.08))
+    if g.horn: p.line([p.at(.85, w*.2), p.at(.85+.32*g.horn, w*.45)], .03, g.colour(-.1))
+    p.oval(.76, w*.5, .06, .06, _BLACK, 12)
+
+# %% ../nbs/02_datasets.ipynb #6751fd94
+def _copepod(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, dark = g.aspect, g.colour(-.3)
+    for s in (-1, 1):
+        p.hair(p.at(.8, s*.1), s*(1.25+.12*r.normal()), .95*g.antenna, s*.75, .028, dark)
+        for i in range(3): p.limb(p.at(.25-.2*i, s*w*.7), s*(2+.15*r.normal()), (.16*g.limb, .12*g.limb), s*.5, .026, dark)
+        for k in (-.25, 0, .2): p.hair(p.at(-.95, s*.06), math.pi-s*(.25+k), .32*g.tail, 0, .014, dark)
+        if g.horn: p.oval(-.5, s*w*.78, .24*g.horn, .11*g.horn, g.colour(-.1, second=True), 18)   # sacs of eggs
+    p.tube(-.98, -.1, _rod(-.98, -.1, .05, w*.35), g.colour(-.15))
+    body = _egg(-.35, .98, w, .1*g.shape)
+    p.tube(-.35, .98, body, g.colour(-.25)); p.tube(-.32, .95, lambda t: body(t)*.91, g.colour(.03)); _texture(p, g, -.28, .85, lambda t: body(t)*.85)
+    for t in (-.14, .06, .26): p.line(p.at(t, np.array([-.9, .9])*body(t)), .012, g.colour(-.2))
+    p.oval(.78, 0, .05, .05, (140, 20, 25, 255), 12)
+
+# %% ../nbs/02_datasets.ipynb #20a0c20a
+def _bristle_worm(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, dark = g.aspect/2, g.colour(-.32)
+    body = _rod(-1, 1, w*.4*g.shape, w, .1); rings = np.linspace(-.93, .82, g.n)
+    for s in (-1, 1):
+        for t in rings:
+            a = p.way(t)+s*(1.75+.12*r.normal()); q = p.limb(p.at(t, s*body(t)*.8), a, (.13*g.limb,), 0, .05, g.colour(-.1))
+            p.hair(q, a, .1*g.limb, s*.3, .012, dark, 3)
+        for k in (.25, .7): p.hair(p.at(.97, s*.04), p.way(1)+s*k, .22*g.antenna, s*.4, .02, dark, 5)
+        p.hair(p.at(-.98, s*.03), p.way(-1)+math.pi+s*.3, .2*g.tail, -s*.3, .016, dark, 5)
+    p.tube(-1, 1, body, g.colour(-.26), n=60); p.tube(-.99, .99, lambda t: body(t)*.86, g.colour(), n=60); _texture(p, g, -.95, .8, lambda t: body(t)*.85)
+    for t in rings: p.line(p.at(t, np.array([-.85, .85])*body(t)), .01, g.colour(-.2))
+    for s in (-1, 1): p.oval(.9, s*w*.45, .025, .025, _BLACK, 8)
+
+# %% ../nbs/02_datasets.ipynb #d9957012
+def _centipede(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, dark = g.aspect/2, g.colour(-.25)
+    rings = np.linspace(-.92, .8, g.n); h = rings[1]-rings[0]; gait = r.uniform(0, 6)
+    for s in (-1, 1):
+        for i, t in enumerate(rings): p.limb(p.at(t, s*w*.8), p.way(t)+s*(1.9-.5*i/g.n+.25*math.sin(2*i+gait)), (.17*g.limb, .16*g.limb), s*.5, .028, dark)
+        p.hair(p.at(.96, s*.05), p.way(1)+s*.5, .5*g.antenna, s*.6, .022, dark); p.hair(p.at(-.96, s*.04), p.way(-1)+math.pi+s*.25, .38*g.tail, s*.2, .026, dark)
+    body = _rod(-1, 1, w*.8*g.shape, w, .06)
+    for t in rings: p.tube(t-h*.49, t+h*.49, body, g.colour(-.28), n=6); p.tube(t-h*.4, t+h*.4, lambda x: body(x)*.9, g.colour(.02), n=6)
+    _texture(p, g, -.95, .85, lambda t: body(t)*.8); p.tube(.84, 1.02, _egg(.8, 1.03, w*1.15), g.colour(-.14))
+    for s in (-1, 1): p.oval(.95, s*w*.6, .025, .025, _BLACK, 8)
+
+# %% ../nbs/02_datasets.ipynb #a342e940
+def _medusa(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, h = g.aspect*1.5, .75*g.shape
+    for u in np.linspace(-.86, .86, g.n):   # tentacles
+        x, b = np.linspace(0, 1, 12), (.12-.1*(1-u*u), u*w)
+        p.line(np.stack([b[0]-x*1.05*g.tail*r.uniform(.8, 1.2), b[1]+.07*np.sin(6*x+r.uniform(0, 6))*x+.12*u*x], 1), .018, g.colour(-.12, 235))
+    for s in (-.33, 0, .33):   # arms around the mouth
+        x = np.linspace(0, 1, 14); p.line(np.stack([.2-x*.75*g.limb, s*w*.5+.06*np.sin(9*x+9*s+r.uniform(0, 6))], 1), .07, g.colour(.02, 225, second=True))
+    a = np.linspace(0, math.pi, 30); bell = np.concatenate([np.stack([.1+h*np.sin(a)**.85, w*np.cos(a)], 1), np.stack([.05+.05*np.cos(np.linspace(0, 12*math.pi, 40)), np.linspace(-w, w, 40)], 1)])
+    p.area(bell, g.colour(-.2, 235)); p.area(bell*.93+[.01, 0], g.colour(.06, 225))
+    if g.pattern == 'stripes':
+        for k in np.linspace(-.8, .8, g.count+1): p.line(np.stack([.08+h*.93*np.sin(a[:15])**.85, k*w*.93*np.cos(a[:15])], 1), .03, g.ink)
+    elif g.pattern == 'bands':
+        for k in np.linspace(.35, .85, max(1, g.count//2)): p.line(np.stack([.1+h*k*np.sin(a), w*k*np.cos(a)], 1), .035, g.ink)
+    elif g.pattern != 'plain':
+        big = g.pattern != 'spots'
+        for q in math.pi*(np.arange(g.count+1-big)+.5)/(g.count+1-big): p.disc((.1+h*.6*math.sin(q), w*.62*math.cos(q)), .09 if big else .05, g.ink, 14)
+
+# %% ../nbs/02_datasets.ipynb #5d56c4fb
+def _sea_star(p:_Pen, g:_Genome, r:_Dice)->None:
+    w = g.aspect; x = np.linspace(0, 1, 14); reach = g.limb*(.95-.25*r.uniform(n=g.n)*(r.uniform(n=g.n) < .3)); curl = .13*r.normal(g.n)
+    def arm(i, grow=1.):   # its outline, its midline, half its width
+        c, s = math.cos(2*math.pi*i/g.n), math.sin(2*math.pi*i/g.n); turn = np.array([[c, s], [-s, c]])
+        h = w*.46*grow*((1-x)**(1.2*g.shape)*.9+.1)*np.sqrt(1-x**8); mid = np.stack([x*reach[i]*grow, curl[i]*x*x], 1); off = np.stack([0*h, h], 1)
+        return np.concatenate([mid+off, (mid-off)[::-1]]) @ turn, mid @ turn, h
+    for grow, shade in ((1, -.28), (.94, 0)):
+        for i in range(g.n): p.area(arm(i, grow)[0], g.colour(shade))
+        p.disc((0, 0), w*.6*grow, g.colour(shade), 30)
+    for i in range(g.n):
+        _, mid, h = arm(i)
+        for k in np.linspace(3, 11, g.count).round().astype(int):
+            if g.pattern == 'spots': p.disc(mid[k], .42*h[k]+.01, g.ink, 10)
+            if g.pattern == 'bands': d = mid[k+1]-mid[k-1]; q = np.array([-d[1], d[0]])*h[k]*.85/math.hypot(*d); p.line([mid[k]-q, mid[k]+q], .05, g.ink)
+        if g.pattern == 'stripes': p.line(mid[1:12], .03+.005*g.count, g.ink)
+    if g.pattern in ('eyespots', 'saddle'): p.disc((0, 0), w*.08*(g.count+1), g.ink, 24); p.disc((0, 0), w*.2, g.colour(.2))
+
+# %% ../nbs/02_datasets.ipynb #4ba9dce4
+def _urchin(p:_Pen, g:_Genome, r:_Dice)->None:
+    R, dark = .42*g.shape, g.colour(-.3)
+    for i in range(g.n):
+        a = 2*math.pi*(i+.15*r.normal())/g.n; d = np.array([math.cos(a), math.sin(a)]); q = np.array([-d[1], d[0]])*.03*g.wing
+        p.area([d*R*.9+q, d*(R+(.98-R)*g.limb*r.uniform(.82, 1.02)), d*R*.9-q], dark)
+    p.disc((0, 0), R*1.05, dark, 40); p.disc((0, 0), R*.97, g.colour(), 40)
+    ring = np.linspace(0, 2*math.pi, 33); around = np.stack([np.cos(ring), np.sin(ring)], 1)
+    if g.pattern == 'bands':
+        for k in np.linspace(.3, .85, max(1, g.count//2)): p.line(around*R*k, .05, g.ink)
+    elif g.pattern in ('spots', 'stripes'):
+        for a in 2*math.pi*np.arange(g.count+3)/(g.count+3):
+            d = R*np.array([math.cos(a), math.sin(a)])
+            if g.pattern == 'spots': p.disc(d*.62, R*.14, g.ink, 10)
+            else: p.line([d*.2, d*.92], .035, g.ink)
+    else: p.disc((0, 0), R*.1*(g.count+2), g.ink, 24); p.disc((0, 0), R*.2, g.colour(.2))
+
+# %% ../nbs/02_datasets.ipynb #23b7314d
+def _snail(p:_Pen, g:_Genome, r:_Dice)->None:
+    foot = lambda t: np.interp(t, [-1, -.6, .6, .9, 1.02], [.01, .12, .15, .13, .02])
+    for k, shade in ((1, -.15), (.85, .1)): p.tube(-1, 1.02, lambda t, k=k: foot(t)*k, g.colour(shade, second=True, sat=-.25), u=-.38)
+    for a in (.35, .75): q = p.hair(p.at(.92, -.3), a+.12*r.normal(), .34*g.antenna, .25, .035, g.colour(.1, second=True, sat=-.25), 5); p.disc(q, .035, _BLACK, 8)
+    th = np.linspace(0, 2*math.pi*2.6, 60); R = .74*g.aspect**.5*np.exp(-.085*g.shape*th); centre = np.array([-.1, .1])
+    coil = lambda k: centre+k*R[:, None]*np.stack([np.cos(-th-.9), np.sin(-th-.9)], 1)
+    outer, mid, inner = coil(1.02), coil(.55), coil(.36)
+    for i in range(0, 24, 2): p.disc(mid[i], R[i]*.56, g.colour(-.3))
+    for i in range(60): p.disc(mid[i], R[i]*.5, g.colour(.08*i/60))
+    step = max(2, 30//g.count)
+    if g.pattern == 'bands':
+        for i in range(1, 54, step): p.line([outer[i], inner[i]], .05*R[i]/R[0]+.01, g.ink)
+    elif g.pattern == 'stripes':
+        for k in np.linspace(.6, .95, max(1, g.count//2)): p.line(coil(k)[:48], .03, g.ink)
+    elif g.pattern == 'spots':
+        for i in range(1, 50, step//2+1): p.disc(coil(.75)[i], R[i]*.13, g.ink, 10)
+    elif g.pattern != 'plain': p.disc(centre, R[0]*.1*g.count, g.ink)
+    p.line(inner, .022, g.colour(-.38))
+
+# %% ../nbs/02_datasets.ipynb #6b5498a4
+def _turret(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, whorls = g.aspect, np.geomspace(1.9, 1, g.n); edges = 1-2*np.cumsum(np.r_[0, whorls])/whorls.sum()   # from the opening (1) to the tip (−1)
+    for i, (b, a) in enumerate(zip(edges, edges[1:])):
+        t = np.linspace(a, b, 9); x = (t-a)/(b-a); h = w*((a+1)/2*(1-x)+(b+1)/2*x)*(1+.16*g.shape*np.sin(math.pi*x))+.02; m = (a+b)/2
+        for k, shade in ((1, -.3), (.92, .05*(i%2))): p.area(np.concatenate([p.at(t+.05, h*k), p.at(t[::-1]-.05, -h[::-1]*k)]), g.colour(shade))
+        if g.pattern == 'bands': p.line([p.at(m+.05, h[4]*.85), p.at(m-.05, -h[4]*.85)], .015*(b-a)*g.count+.012, g.ink)
+        elif g.pattern == 'spots':
+            for k in np.linspace(-.6, .6, g.count): p.oval(m+.05*k, k*h[4], .16*h[4]+.008, .13*h[4]+.006, g.ink, 10)
+        elif g.pattern == 'stripes':
+            for k in np.linspace(-.65, .65, g.count+1): p.line([p.at(a+.05*k, k*h[0]), p.at(b+.05*k, k*h[-1])], .03, g.ink)
+        elif g.pattern != 'plain' and i % 2: p.oval(m, 0, (b-a)*.3, h[4]*.12*g.count, g.ink)
+    p.oval(.9, -w*.25, .16, w*.5, g.colour(-.45), 20); p.oval(.9, -w*.27, .11, w*.36, g.colour(.1, second=True, sat=-.25), 20)
+
+# %% ../nbs/02_datasets.ipynb #c1fa35d0
+def _scallop(p:_Pen, g:_Genome, r:_Dice)->None:
+    a = np.linspace(-1.15, 1.15, 61)*g.shape; rad = 1.55*(1+.022*np.cos(g.n*2*math.pi*np.linspace(0, 1, 61))); hinge = np.array([-.78, 0.])
+    fan = np.concatenate([[[0, 0]], np.stack([.03+rad*np.cos(a), rad*np.sin(a)*1.25*g.aspect], 1)])
+    for s in (-1, 1): p.area(hinge+np.array([[-.12, 0], [-.1, s*.36*g.wing], [.26, s*.3], [.3, 0]]), g.colour(-.22))
+    p.area(hinge+fan, g.colour(-.3)); p.area(hinge+fan*.965, g.colour())
+    rim = fan[1:]*.95
+    if g.pattern == 'bands':
+        for k in np.linspace(.4, .92, g.count): p.line(hinge+rim*k, .045, g.ink)
+    elif g.pattern == 'stripes':
+        for i in np.linspace(4, 56, 2*g.count).round().astype(int): p.area([hinge, hinge+rim[i-2], hinge+rim[i+2]], g.ink)
+    elif g.pattern == 'spots':
+        for k in (.45, .65, .85):
+            for i in np.linspace(8, 52, g.count+1).round().astype(int): p.disc(hinge+rim[i]*k, .06, g.ink, 10)
+    elif g.pattern != 'plain': p.area(np.concatenate([[hinge], hinge+rim*.12*g.count]), g.ink)
+    for i in np.linspace(0, 60, g.n+1).round().astype(int): p.line([hinge+[.05, 0], hinge+rim[i]], .014, g.colour(-.3))
+
+# %% ../nbs/02_datasets.ipynb #3614843c
+def _fish(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, fin = g.aspect, g.colour(.05, 200, second=True)
+    for s in (-1, 1):   # tail
+        a = p.way(-.8)+math.pi+.5*s*g.shape; p.area([p.at(-.7, s*.05), p.at(-.78)+.5*g.tail*np.array([math.cos(a), math.sin(a)]), p.at(-.88), p.at(-.75, -s*.03)], fin)
+    x = np.linspace(0, 1, 12); sail = np.sin(math.pi*x**.7)**.8
+    p.area(np.concatenate([p.at(-.5+.85*x, w*.55), p.at(-.6+.85*x, w*.6+.3*g.wing*sail)[::-1]]), fin)
+    p.area(np.concatenate([p.at(-.55+.5*x, -w*.45), p.at(-.68+.5*x, -w*.5-.22*g.wing*sail)[::-1]]), fin)
+    body = lambda t: w*np.interp(t, [-.85, -.7, -.3, .2, .55, .8, .95, 1.], [.1, .13, .55, .98, .95, .66, .3, .02])
+    p.tube(-.85, 1, body, g.colour(-.26), n=48); p.tube(-.83, .98, lambda t: body(t)*.92, g.colour(), n=48); p.tube(-.7, .9, lambda t: body(t)*.4, g.colour(.14, sat=-.2), u=-w*.42)
+    _texture(p, g, -.68, .5, lambda t: body(t)*.85)
+    t = np.linspace(-.9, .9, 10); p.line(p.at(.5+.06*(1-t*t), t*w*.85), .015, g.colour(-.25))   # gill
+    p.area([p.at(.42, -w*.1), p.at(.12, -w*.1-.16*g.limb), p.at(.08, -w*.42-.1*g.limb), p.at(.4, -w*.35)], fin)
+    e = .07+.03*g.antenna; p.oval(.76, w*.22, e, e, (235, 230, 215, 255)); p.oval(.77, w*.22, e*.62, e*.62, _BLACK, 14)
+    if g.horn: p.hair(p.at(.97, -w*.15), p.way(1)-1.2+.2*r.normal(), .3*g.horn, .7, .022, g.colour(-.2), 6)   # barbel
+
+# %% ../nbs/02_datasets.ipynb #6f0e40da
+def _ciliate(p:_Pen, g:_Genome, r:_Dice)->None:
+    w = g.aspect*1.1; cell = _egg(-1, 1, w, .35*(g.shape-1)); beat = r.uniform(0, 6)
+    for a in 2*math.pi*np.arange(g.n)/g.n:
+        t, s = .97*math.cos(a), 1 if a < math.pi else -1
+        p.hair(p.at(t, s*cell(t)*.95), a+.3*math.sin(5*a+beat)+s*.1, .13*g.limb, s*.5, .014, g.colour(-.15), 4)
+    for k in range(round(g.horn)): p.hair(p.at(-.95, .05*(k-.5)), math.pi+.3*(k-.5)+.1*r.normal(), .75*g.tail, -1.4 if k else 1.4, .022, g.colour(-.2), 14)   # flagella
+    p.tube(-1, 1, cell, g.colour(-.24), n=44); p.tube(-.96, .96, lambda t: cell(t)*.92, g.colour(.08, 240), n=44)
+    _texture(p, g, -.85, .85, lambda t: cell(t)*.8)
+    p.oval(.12+.05*r.normal(), .1*w*r.normal(), .17*g.antenna, .15*g.antenna, g.colour(-.3, second=True, sat=.2), 18)   # nucleus
+    for t, u in r.uniform(-.6, .6, 8).reshape(4, 2): p.oval(t, u*w, .045, .045, g.colour(.22, 220), 10)
+
+# %% ../nbs/02_datasets.ipynb #5ca26dae
+def _cell_chain(p:_Pen, g:_Genome, r:_Dice)->None:
+    w, h = g.aspect/2, .94/g.n
+    for t in -1+2*(np.arange(g.n)+.5)/g.n:
+        if g.horn:
+            for s in (-1, 1):
+                for k in (-.7, .7): p.hair(p.at(t+k*h, s*w*.9), p.way(t)+s*(1.57-.5*k)+.08*r.normal(), .42*g.limb*g.horn, s*k*.4, .015, g.colour(-.15), 6)
+        box = lambda x, t=t: w*np.sqrt(np.clip(1.02-np.abs((x-t)/h)**(4*g.shape), 0, 1))
+        p.tube(t-h, t+h, box, g.colour(-.28), n=16); p.tube(t-h*.86, t+h*.86, lambda x, box=box: box(x)*.86, g.colour(.1, 235), n=16)
+        if g.pattern == 'spots':
+            for k in np.linspace(-.5, .5, max(2, g.count//2)): p.oval(t, k*w, h*.3, h*.3, g.ink, 10)
+        elif g.pattern == 'bands': p.tube(t-h*.05*g.count, t+h*.05*g.count, lambda x, box=box: box(x)*.8, g.ink, n=6)
+        elif g.pattern == 'stripes':
+            for k in np.linspace(-.5, .5, max(2, g.count//2)): p.line(p.at([t-h*.6, t+h*.6], k*w), .035, g.ink)
+        else: p.oval(t, 0, h*.1*(g.count+1), h*.1*(g.count+1), g.ink, 14); p.oval(t, 0, h*.18, h*.18, g.colour(.2), 10)
+
+# %% ../nbs/02_datasets.ipynb #dcace09a
+def _individual(g:_Genome, r:_Dice)->_Genome:
+    "A specimen's own genome: its species', a little off"
+    off = {k: getattr(g, k)*math.exp(.09*r.normal()) for k in ('aspect', 'limb', 'antenna', 'tail', 'wing')}
+    return replace(g, **off, hue=g.hue+.018*r.normal(), hue2=g.hue2+.018*r.normal(), val=min(.95, max(.25, g.val+.06*r.normal())), sat=min(1, max(.08, g.sat+.07*r.normal())))
+
+def _dirt(size:int, r:_Dice)->Image.Image:
+    "Specks and fibres on a transparent canvas"
+    im = Image.new('RGBA', (2*size, 2*size)); d = ImageDraw.Draw(im)
+    for _ in range(r.integer(3, 12)):
+        x, y, s, c = *r.uniform(0, 2*size, 2), 1+.06*size*r.uniform()**3, r.integer(40, 200)
+        d.ellipse([round(x-s), round(y-.8*s), round(x+s), round(y+.8*s)], fill=(c, c, c*9//10, r.integer(90, 230)))
+    for _ in range(r.integer(0, 4)):
+        x, y, u, v = (round(o) for o in r.uniform(0, 2*size, 4))
+        d.line([x, y, (x+u)//2+8, (y+v)//2-8, u, v], fill=(70, 70, 60, 150), width=r.integer(1, 3))
+    return im.reduce(2)
+
+# %% ../nbs/02_datasets.ipynb #ecfa4061
+def _over(rgb:np.ndarray, im:Image.Image)->np.ndarray: # (S, S, 3) float32
+    "Lay a picture with transparency over another"
+    top = np.asarray(im, np.float32); alpha = top[..., 3:]/np.float32(255)
+    return rgb*(1-alpha) + top[..., :3]*alpha
+
+def _lit(body:Image.Image, toward:float)->tuple[Image.Image,np.ndarray]: # the body in relief, (S, S) its height
+    "Light falls on the slopes of the blurred outline"
+    size = body.width; blur = ImageFilter.BoxBlur(size/40)
+    high = np.asarray(body.getchannel('A').filter(blur).filter(blur), np.float32)/np.float32(255)
+    gy, gx = np.gradient(high)
+    light = 1+.75*np.clip((gx*math.cos(toward)+gy*math.sin(toward))*(size/14), -.5, .5)
+    a = np.array(body); a[..., :3] = np.clip(a[..., :3]*light[..., None]+.5, 0, 255).astype(np.uint8)
+    return Image.fromarray(a), high
+
+# %% ../nbs/02_datasets.ipynb #1e4cf721
+def _specimen(draw:Callable, g:_Genome, size:int=160, fill:tuple[int,int,int]|None=(255, 255, 255))->Image.Image:
+    "A species as on the plate of a book: head to the right, evenly lit"
+    p = _Pen(3*size, 0., .7, bend=g.bend); draw(p, g, _Dice('plate'))
+    body, _ = _lit(p.image.reduce(3), 2.2)
+    return body if fill is None else Image.fromarray(np.clip(_over(np.full((size, size, 3), fill, np.float32), body)+.5, 0, 255).astype(np.uint8))
+
+def _photograph(draw:Callable, g:_Genome, r:_Dice, size:int)->Image.Image:
+    "One individual of a species, as a camera under water sees it"
+    g = _individual(g, r)
+    p = _Pen(3*size, r.uniform(0, 2*math.pi), .62*min(1.4, g.size*math.exp(.12*r.normal())), r.uniform() < .5, g.bend+.55*g.soft*r.normal(), .35*g.soft*r.normal(), r.uniform(0, 6))
+    draw(p, g, r)
+    body = ImageChops.offset(p.image, *(round(3*.05*size*r.normal()) for _ in 'xy')).reduce(3)
+    body, high = _lit(body, r.uniform(0, 2*math.pi))
+    water = 255*np.array(colorsys.hsv_to_rgb(.08+.5*r.uniform(), .05+.22*r.uniform(), .62+.3*r.uniform()), np.float32)
+    uneven = Image.fromarray(r.raw(4).view(np.uint8)[:25].reshape(5, 5)).resize((size, size), Image.BICUBIC)
+    rgb = water + np.float32(.16)*(np.asarray(uneven, np.float32)-128)[..., None]
+    rgb = rgb*(1-np.float32(.25)*np.roll(high, (size//50, size//50), (0, 1))[..., None])   # the shadow
+    rgb = _over(_over(rgb, body), _dirt(size, r))*np.float32(r.uniform(.75, 1.25))
+    im = Image.fromarray(np.clip(rgb+.5, 0, 255).astype(np.uint8))
+    if (blur := r.uniform(-.8, 1.6)) > 0: im = im.filter(ImageFilter.BoxBlur(blur))
+    grain = r.raw(size*size).view(np.uint8).reshape(size, size, 8).astype(np.int16)
+    noise = (grain[..., :3]+grain[..., 3:6]-255)//32 + (grain[..., 6:7]+grain[..., 7:]-255)//r.integer(8, 40)
+    return Image.fromarray(np.clip(np.asarray(im)+noise, 0, 255).astype(np.uint8))
+
+# %% ../nbs/02_datasets.ipynb #d03e607f
+_PLANS = {   # body plan → what is attached to it → (how it is drawn, where it starts from)
+    'Articulata': {'Scarabina': (_beetle, dict(aspect=.45, soft=.1)), 'Alatina': (_fly, dict(aspect=.3, soft=.15)), 'Octopodina': (_spider, dict(aspect=.36, soft=.1)),
+                   'Carinata': (_shrimp, dict(aspect=.24, bend=.75)), 'Remipedina': (_copepod, dict(aspect=.36, soft=.12))},
+    'Vermiformia': {'Setigera': (_bristle_worm, dict(aspect=.28, n=16, soft=1.1)), 'Multipeda': (_centipede, dict(aspect=.26, n=14, soft=1.))},
+    'Radialia': {'Medusina': (_medusa, dict(aspect=.42, n=11, soft=.2)), 'Stellina': (_sea_star, dict(aspect=.55)), 'Echinina': (_urchin, dict(n=28))},
+    'Testacea': {'Cochlina': (_snail, dict(aspect=.62, soft=.05)), 'Turritina': (_turret, dict(aspect=.45, n=7, soft=.05)), 'Pectinina': (_scallop, dict(aspect=.42, n=13))},
+    'Pinnata': {'Piscina': (_fish, dict(aspect=.34, soft=.4)), 'Anguillina': (_fish, dict(aspect=.17, soft=1.1))},
+    'Cellularia': {'Ciliatina': (_ciliate, dict(aspect=.5, n=28)), 'Catenata': (_cell_chain, dict(aspect=.42, n=6, soft=.7))},
+}
+_TRAITS = {   # epithet → what it changes: a factor, or for hue, val, sat and count a difference
+    'gracilis': dict(aspect=.8), 'robusta': dict(aspect=1.25), 'longipes': dict(limb=1.35, antenna=1.3), 'brevipes': dict(limb=.7, antenna=.7), 'macrura': dict(tail=1.5, wing=1.25), 'brachyura': dict(tail=.6, wing=.8),
+    'major': dict(size=1.2), 'minor': dict(size=.8), 'rufescens': dict(hue=-.05), 'virescens': dict(hue=.06), 'pallida': dict(val=.14, sat=-.14), 'obscura': dict(val=-.18), 'ornata': dict(count=2), 'simplex': dict(count=-2),
+}
+
+# %% ../nbs/02_datasets.ipynb #9b79d512
+def _family(g:_Genome, r:_Dice)->_Genome:
+    "A family has its own appendages, and a shade of its order's colours"
+    scale = {k: getattr(g, k)*math.exp(r.uniform(-.4, .4)) for k in ('limb', 'antenna', 'tail', 'wing')}
+    return replace(g, **scale, hue=g.hue+r.uniform(-.12, .12), hue2=g.hue2+r.uniform(-.2, .2), aspect=g.aspect*r.uniform(.82, 1.2), shape=r.uniform(.8, 1.2), n=max(4, round(g.n*r.uniform(.8, 1.35))), horn=r.choice((0., .7, 1.1)))
+
+def _genus(g:_Genome, r:_Dice, pattern:str)->_Genome:
+    "A genus has its own pattern, and a shade of its family's colours"
+    return replace(g, pattern=pattern, hue=g.hue+r.uniform(-.07, .07), hue2=g.hue2+r.uniform(-.12, .12), sat=r.uniform(.35, .7), val=r.uniform(.5, .8), contrast=r.choice((-.35, -.25, .2)), count=r.integer(3, 6))
+
+def _species(g:_Genome, r:_Dice, n:int)->list[tuple[str,_Genome]]: # epithet and genome of each
+    "`n` species of a genus: the common one, and others that differ in two traits"
+    out, traits = [('vulgaris', g)], r.shuffled(list(_TRAITS))
+    for i in range(n-1):
+        new = g
+        for trait in traits[2*i:2*i+2]:
+            new = replace(new, **{k: getattr(new, k)+v if k in ('hue', 'val', 'sat', 'count') else getattr(new, k)*v for k,v in _TRAITS[trait].items()})
+        out.append((traits[2*i], new))
+    return out
+
+# %% ../nbs/02_datasets.ipynb #4b7070b4
+def _name(r:_Dice)->str:
+    "A name for a genus"
+    return (r.choice(('Vel', 'Cor', 'Mar', 'Lep', 'Tri', 'Om', 'Pel', 'Squ', 'Zan', 'Hyd', 'Bry', 'Nem')) + r.choice(('o', 'a', 'i', 'e')) +
+            r.choice(('mer', 'don', 'lis', 'ran', 'pod', 'tes', 'cul', 'bor', 'nax', 'vel', 'gon', 'sis'))+r.choice(('a', 'us', 'ia', 'ella', 'is')))
+
+def _fauna(seed:int=0)->dict[tuple[str,...],tuple[Callable,_Genome]]: # path of each species → how to draw it, genome
+    "The tree of synthetic organisms, and what is at its leaves"
+    found, taken = {}, set()
+    for plan, orders in _PLANS.items():
+        for order, (draw, start) in orders.items():
+            r = _Dice('fauna', seed, order)
+            def add(above, g, pattern, n, rank, r=r, draw=draw):   # a genus of `n` species; a rank of its own if it has several and siblings
+                while (genus := _name(r)) in taken: pass
+                taken.add(genus)
+                for epithet, new in _species(_genus(g, r, pattern), r, n): found[(*above, *((genus,) if rank and n > 1 else ()), f'{genus} {epithet}')] = draw, new
+            patterns = r.shuffled(('bands', 'spots', 'stripes', 'eyespots', 'saddle'))
+            hue = r.uniform(); start = _Genome(**start, hue=hue, hue2=hue+r.uniform(.25, .75))
+            families = r.choice((1, 1, 1, 1, 2))
+            for k in range(families):
+                g = _family(start, r); n = r.choice(((2,), (3,), (2, 1), (2, 2)) if families == 1 else ((2,), (2, 1), (2, 2)))
+                above = (plan, order) if families == 1 else (plan, order, _name(r).rstrip('aeius')+'idae')
+                for m in n: add(above, g, patterns.pop(), m, len(n) > 1)
+    return found
+
+# %% ../nbs/02_datasets.ipynb #73643c71
+def synthetic_taxa(
+    root:str|Path|None=None, # folder to write below; by default the cache
+    taxonomy:Taxonomy|str|Path|None=None, # another tree over the species
+    seed:int=0, # another seed, another fauna
+    size:int=112, # pixels
+    largest:int=180, # images of the most common species
+    smallest:int=8, # images of the rarest
+)->ImageTable: # drawn on the first call, read afterwards
+    "Small organisms drawn by rule: body plan, appendages, texture, size"
+    if not (isinstance(seed, int) and size >= 32 and 1 <= smallest <= largest): raise HiermetricError(f"synthetic-taxa cannot be drawn with seed={seed!r}, size={size}, largest={largest}, smallest={smallest}: the seed is a whole number, size at least 32, and 1 <= smallest <= largest.")
+    home = Path(root or cache_dir()/'datasets').expanduser()/f'synthetic-taxa-{fingerprint(_FAUNA_VERSION, seed, size, largest, smallest)[:8]}'
+    if not home.exists():
+        with atomic_path(home) as tmp: _draw_all(tmp, seed, size, largest, smallest)
+    return folder_dataset(home, taxonomy, None, 'synthetic-taxa')
+
+_FAUNA_VERSION = 1   # goes up when the drawings change
+
+def _draw_all(home:Path, seed:int, size:int, largest:int, smallest:int)->None:
+    "Write `taxonomy.csv` and the images of every species"
+    fauna = _fauna(seed); home.mkdir(parents=True)
+    pd.DataFrame([(o[-1], '/'.join(o[:-1])) for o in fauna], columns=['class', 'lineage']).to_csv(home/'taxonomy.csv', index=False)
+    species = _Dice('abundance', seed).shuffled(list(fauna)); counts = np.geomspace(largest, smallest, len(species)).round().astype(int)
+    for path, n in track(list(zip(species, counts)), f'Drawing {counts.sum():,} organisms', transient=True):
+        (home/path[-1]).mkdir()
+        for i in range(n): _photograph(*fauna[path], _Dice(seed, path[-1], i), size).save(home/path[-1]/f'{path[-1]} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0)
+
+# %% ../nbs/02_datasets.ipynb #9d8e2e14
 DATASETS = Registry('data set',
-    **{'tiny-imagenet': ('hiermetric.datasets.tiny_imagenet', '200 ImageNet classes at 64 px, WordNet tree; 237 MB from cs231n.stanford.edu'),
+    **{'synthetic-taxa': ('hiermetric.datasets.synthetic_taxa', 'about 60 species of small organisms, drawn from a seed; the default, needs nothing'),
+       'tiny-imagenet': ('hiermetric.datasets.tiny_imagenet', '200 ImageNet classes at 64 px, WordNet tree; 237 MB from cs231n.stanford.edu'),
        'planktonset': ('hiermetric.datasets.planktonset', '121 classes of marine plankton, long tail, ragged tree; from NOAA NCEI'),
        'cifar-100': ('hiermetric.datasets.cifar_100', '100 classes at 32 px in 20 superclasses; 162 MB from cs.toronto.edu')})
 
