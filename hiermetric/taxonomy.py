@@ -143,49 +143,8 @@ def _look_up(
     return np.where(once & np.fromiter(map(str.__eq__, map(names.__getitem__, at.tolist()), wanted), bool, len(w)), at, np.int32(-1))
 
 # %% ../nbs/00_taxonomy.ipynb #6bc36bf5
-class Taxonomy:
-    "An immutable rooted tree of named nodes, numbered depth-first"
-    def __init__(self,
-        names:Iterable[str], # (N,) in any order; children of one parent have different names
-        parents:Iterable[int], # (N,) position of the parent, −1 at the one root
-        contracted:Mapping[int,Sequence[str]]|None=None, # position → names that `prune` took out right above it
-        hollow:Iterable[int]=(), # positions of childless nodes that are no classes; `prune` takes them out
-        distinct:bool=False, # siblings are known to differ in name, so do not check
-    ):
-        names, parents = _pack(names), np.asarray(parents if hasattr(parents, '__len__') else list(parents))
-        if len(names)!=len(parents): raise TaxonomyError(f"There are {len(names)} names and {len(parents)} parents; every node has one of each.")
-        if not len(names): raise TaxonomyError("The tree is empty; give it at least a root.")
-        _check_root(names, parents)
-        parents = parents.astype(np.int32)
-        sizes = _over_subtree(np.add, np.ones(len(parents), np.int32), parents)
-        if sizes.max()!=len(parents) or parents[sizes.argmax()]>=0: raise TaxonomyError(f"The tree has a cycle, from child to parent: {_cycle(names, parents)}; take one of these edges out.")
-        number = _depth_first(parents, sizes)
-        if (np.diff(number)!=1).any():
-            order = np.argsort(number); sizes = sizes[order]
-            parents = np.append(number, np.int32(-1))[parents[order]]
-            names = names.take(order)
-            contracted, hollow = {number[k]: v for k,v in (contracted or {}).items()}, [number[k] for k in hollow]
-        depths = _over_path(np.add, (parents>=0).astype(np.int32), parents)
-        self.__dict__.update(
-            names=names, parents=_frozen(parents), depths=_frozen(depths),
-            heights=_frozen(_over_subtree(np.maximum, depths, parents)-depths), last=_frozen(np.arange(len(sizes), dtype=np.int32)+sizes-1),
-            contracted=MappingProxyType({int(k): tuple(v) for k,v in (contracted or {}).items()}), hollow=tuple(sorted(map(int, hollow))), _tensors={})
-        if not distinct: _check_siblings(self)
-
-    def __setattr__(self, name:str, value:Any)->None: raise TaxonomyError(f"A taxonomy does not change, so {name!r} cannot be set; build a new one.")
-    def __len__(self)->int: return len(self.parents)
-    def __eq__(self, o:object)->bool: return isinstance(o, Taxonomy) and self.fingerprint==o.fingerprint
-    def __hash__(self)->int: return hash(self.fingerprint)
-    def __copy__(self)->Taxonomy: return self
-    def __deepcopy__(self, memo:dict)->Taxonomy: return self
-    def __reduce__(self)->tuple: return Taxonomy, (self.names, self.parents, dict(self.contracted), self.hollow, True)
-    def __repr__(self)->str: return f"Taxonomy({self.names[0]!r}: {len(self):,} nodes, {self.n_leaves:,} leaves, height {self.height}, {self.fingerprint})"
-
-    @functools.cached_property
-    def fingerprint(self)->str: # 16 hexadecimal digits
-        "Hash of names and parents, the same on every machine"
-        return fingerprint(self.parents.astype('<i4').data, self.names.ends.astype('<i8').data, self.names.blob)
-
+class _Derived:
+    "What follows from parents, heights and last, computed when it is first asked for"
     @functools.cached_property
     def leaves(self)->np.ndarray: # (L,) node ids, ascending
         "Nodes without children; column j of anything over leaves is node `leaves[j]`"
@@ -237,6 +196,51 @@ class Taxonomy:
         return int(self.heights[0])
 
 # %% ../nbs/00_taxonomy.ipynb #d941449b
+class Taxonomy(_Derived):
+    "An immutable rooted tree of named nodes, numbered depth-first"
+    def __init__(self,
+        names:Iterable[str], # (N,) in any order; children of one parent have different names
+        parents:Iterable[int], # (N,) position of the parent, −1 at the one root
+        contracted:Mapping[int,Sequence[str]]|None=None, # position → names that `prune` took out right above it
+        hollow:Iterable[int]=(), # positions of childless nodes that are no classes; `prune` takes them out
+        distinct:bool=False, # siblings are known to differ in name, so do not check
+    ):
+        names, parents = _pack(names), np.asarray(parents if hasattr(parents, '__len__') else list(parents))
+        if len(names)!=len(parents): raise TaxonomyError(f"There are {len(names)} names and {len(parents)} parents; every node has one of each.")
+        if not len(names): raise TaxonomyError("The tree is empty; give it at least a root.")
+        _check_root(names, parents)
+        parents = parents.astype(np.int32)
+        sizes = _over_subtree(np.add, np.ones(len(parents), np.int32), parents)
+        if sizes.max()!=len(parents) or parents[sizes.argmax()]>=0: raise TaxonomyError(f"The tree has a cycle, from child to parent: {_cycle(names, parents)}; take one of these edges out.")
+        number = _depth_first(parents, sizes)
+        if (np.diff(number)!=1).any():
+            order = np.argsort(number); sizes = sizes[order]
+            parents = np.append(number, np.int32(-1))[parents[order]]
+            names = names.take(order)
+            contracted, hollow = {number[k]: v for k,v in (contracted or {}).items()}, [number[k] for k in hollow]
+        depths = _over_path(np.add, (parents>=0).astype(np.int32), parents)
+        self.__dict__.update(
+            names=names, parents=_frozen(parents), depths=_frozen(depths),
+            heights=_frozen(_over_subtree(np.maximum, depths, parents)-depths), last=_frozen(np.arange(len(sizes), dtype=np.int32)+sizes-1),
+            contracted=MappingProxyType({int(k): tuple(v) for k,v in (contracted or {}).items()}), hollow=tuple(sorted(map(int, hollow))), _tensors={})
+        if not distinct:
+            for i in _twins(names, parents)[:1]: raise TaxonomyError(f"{names[int(parents[i])]!r} has two children named {names[i]!r}; give them different names.")
+
+    def __setattr__(self, name:str, value:Any)->None: raise TaxonomyError(f"A taxonomy does not change, so {name!r} cannot be set; build a new one.")
+    def __len__(self)->int: return len(self.parents)
+    def __eq__(self, o:object)->bool: return isinstance(o, Taxonomy) and self.fingerprint==o.fingerprint
+    def __hash__(self)->int: return hash(self.fingerprint)
+    def __copy__(self)->Taxonomy: return self
+    def __deepcopy__(self, memo:dict)->Taxonomy: return self
+    def __reduce__(self)->tuple: return Taxonomy, (self.names, self.parents, dict(self.contracted), self.hollow, True)
+    def __repr__(self)->str: return f"Taxonomy({self.names[0]!r}: {len(self):,} nodes, {self.n_leaves:,} leaves, height {self.height}, {self.fingerprint})"
+
+    @functools.cached_property
+    def fingerprint(self)->str: # 16 hexadecimal digits
+        "Hash of names and parents, the same on every machine"
+        return fingerprint(self.parents.astype('<i4').data, self.names.ends.astype('<i8').data, self.names.blob)
+
+# %% ../nbs/00_taxonomy.ipynb #7813db89
 def _arrow(names:Sequence[str], most:int=8)->str: return ' → '.join([*names[:most], *(['…', names[-1]] if len(names)>most else [])])
 def _few(names:Sequence[str], total:int|None=None)->str: return ', '.join(map(repr, names[:5]))+(f' and {n-5:,} more' if (n := total or len(names))>5 else '')
 
@@ -256,12 +260,13 @@ def _cycle(names:Names, parents:np.ndarray)->str:
     k = path.index(min(path))
     return _arrow(names[[*path[k:], *path[:k+1]]])
 
-def _check_siblings(tax:Taxonomy)->None:
-    "Children of one parent have different names"
-    count = Counter(zip(tax.parents.tolist(), tax.names))
-    if len(count)<len(tax):
-        (p, name), n = count.most_common(1)[0]
-        raise TaxonomyError(f"{tax.names[p]!r} has {n} children named {name!r}; give them different names.")
+def _twins(names:Names, parents:np.ndarray)->list[int]:
+    "Nodes that share parent and name with another"
+    h = np.fromiter(map(hash, names), np.int64, len(names)); by = np.lexsort((h, parents))
+    same = np.flatnonzero((h[by][1:]==h[by][:-1])&(parents[by][1:]==parents[by][:-1]))
+    some = {i: (int(parents[i]), names[i]) for i in np.union1d(by[same], by[same+1]).tolist()}
+    count = Counter(some.values())
+    return [i for i,key in some.items() if count[key]>1]
 
 # %% ../nbs/00_taxonomy.ipynb #54ec1cf6
 def _clean(name:Any)->str: # '' for a null
@@ -611,8 +616,8 @@ def _path_labels(parents:np.ndarray, last:np.ndarray)->np.ndarray: # (3, N+1) in
     return out
 
 # %% ../nbs/00_taxonomy.ipynb #8b0eefd2
-def _meet(u:Any, v:Any, label:Any, asc:Any, up:Any, lib:Any)->Any: # `lib` is numpy or torch
-    "Lowest common ancestors by @eq-lca, for arrays or tensors of one shape"
+def _meet(u:Any, v:Any, label:Any, asc:Any, up:Any, lib:Any)->Any: # all arrays (`lib` numpy) or all tensors (torch)
+    "Lowest common ancestors of pairs"
     label_u, label_v, asc_u, asc_v = label.take(u), label.take(v), asc.take(u), asc.take(v)
     j = asc_u&asc_v
     j &= ~(_fill(label_u^label_v)>>1); j &= -j
@@ -762,18 +767,31 @@ def level_weights(self:Taxonomy,
 
 # %% ../nbs/00_taxonomy.ipynb #2bbbfdb3
 @patch
+def _rehang(self:Taxonomy,
+    keep:np.ndarray, # (N,) bool, true at the root
+)->np.ndarray: # (K,) number of the parent among the kept nodes, −1 at the root
+    "Nearest kept ancestor of every kept node"
+    up = np.where(keep, np.arange(len(self)), self.parents)
+    while not keep[up].all(): up = up[up]
+    return np.append(-1, (np.cumsum(keep)-1)[up[self.parents[keep][1:]]])
+
+@patch
 def _kept(self:Taxonomy,
     keep:np.ndarray, # (N,) bool, true at the root
     contracted:Mapping[int,Sequence[str]], # node → names above it
 )->Taxonomy:
-    "The tree of some nodes, each under its nearest kept ancestor"
-    up = np.where(keep, np.arange(len(self)), self.parents)
-    while not keep[up].all(): up = up[up]
-    ids, new = np.flatnonzero(keep), np.cumsum(keep)-1
-    parents = np.append(-1, new[up[self.parents[ids[1:]]]])
-    return Taxonomy(self.names.take(ids), parents, {int(new[k]): o for k,o in contracted.items() if keep[k]}, new[[k for k in self.hollow if keep[k]]])
+    "The tree of some nodes"
+    new = np.cumsum(keep)-1
+    return Taxonomy(self.names.take(np.flatnonzero(keep)), self._rehang(keep), {new[k]: o for k,o in contracted.items() if keep[k]}, [new[k] for k in self.hollow if keep[k]], distinct=True)
 
 # %% ../nbs/00_taxonomy.ipynb #80dd8c92
+@patch
+def _top_single(self:Taxonomy, node:int, single:np.ndarray)->int:
+    "The highest of the single-child nodes right above a node; the node itself where there is none"
+    while single[self.parents[node]]: node = int(self.parents[node])
+    return node
+
+# %% ../nbs/00_taxonomy.ipynb #14f21823
 @patch
 def prune(self:Taxonomy,
     keep:Iterable[int|str]=(), # inner nodes to keep even so, such as those that are classes
@@ -783,7 +801,11 @@ def prune(self:Taxonomy,
     real = self.heights==0; real[list(self.hollow)] = False
     stay = _over_subtree(np.maximum, (real|kept).astype(np.int32), self.parents)>0; stay[0] = True
     single = stay&~kept&~real&(np.bincount(self.parents[1:][stay[1:]], minlength=len(self))==1); single[0] = False
-    left = np.flatnonzero(stay&~single)
+    while True:
+        left = np.flatnonzero(stay&~single)
+        tops = {self._top_single(int(left[i]), single) for i in _twins(self.names.take(left), self._rehang(stay&~single))}-set(left.tolist())
+        if not tops: break
+        single[list(tops)] = False
     names = {}
     for i in sorted({*np.flatnonzero(single).tolist(), *self.contracted}):
         heir = int(left[np.searchsorted(left, i)]) if single[i] else i

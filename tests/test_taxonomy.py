@@ -161,6 +161,19 @@ def test_prune(slow, data):
         for i,n in enumerate(pruned.names): assert pruned.path(i, contracted=True)==tax.path(n)
     assert tax.prune(keep).prune()==tax.prune() and dict(tax.prune(keep).prune().contracted)==dict(tax.prune().contracted)
 
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from('abc')), max_size=25))
+def test_prune_with_repeated_names(nodes):
+    names, parents, seen = ['r'], [-1], set()
+    for k,name in nodes:
+        if (key := (k%len(names), name)) not in seen: seen.add(key); names.append(name); parents.append(key[0])
+    tax = Taxonomy(names, parents); pruned = tax.prune()
+    assert [pruned.path(i, contracted=True) for i in pruned.leaves]==[tax.path(i) for i in tax.leaves]
+    assert Taxonomy(pruned.names, pruned.parents)==pruned           # with its siblings checked
+    single = set(np.flatnonzero(np.bincount(pruned.parents[1:], minlength=len(pruned))==1).tolist())-{0}
+    for i in single:      # it stays because its child would get a sibling of its own name
+        kids = pruned.children(pruned.parents[i]).tolist()
+        assert [*pruned.names[kids], *(pruned.names[k+1] for k in kids if k in single)].count(pruned.names[i+1])>1
+
 @given(slow_trees(), st.data())
 def test_subset(slow, data):
     tax, chosen = Taxonomy.from_parents(slow.parent), data.draw(st.lists(st.sampled_from(slow.leaves()), min_size=1))
@@ -274,12 +287,12 @@ def test_sources_agree(tmp_path):
     (lambda: Taxonomy(['a', 'b'], [-1, 2]), "'b' has the parent number 2; nodes are 0 … 1, and −1 marks the root."),
     (lambda: Taxonomy(['a', 'b'], [-1, -2]), "'b' has the parent number -2"), (lambda: Taxonomy(['a', 'b'], [-1, 2**40]), "'b' has the parent number 1099511627776"),
     (lambda: Taxonomy(['a', 'b'], [-1, .5]), 'Parents are positions, which are integers, not float64; −1 marks the root.'),
-    (lambda: Taxonomy(['a', 'b', 'b'], [-1, 0, 0]), "'a' has 2 children named 'b'; give them different names."),
+    (lambda: Taxonomy(['a', 'b', 'b'], [-1, 0, 0]), "'a' has two children named 'b'; give them different names."),
     (lambda: Taxonomy.from_newick('((a,b)c,d'), 'a bracket is not closed'), (lambda: Taxonomy.from_newick('(a,b))c;'), 'more brackets close than open'),
     (lambda: Taxonomy.from_newick('(a,b);(c,d);'), 'something follows the end of the tree'), (lambda: Taxonomy.from_newick('(a:x,b);'), 'a branch length is not a number'),
     (lambda: Taxonomy.from_newick('(a(b,c));'), 'a bracket opens after a label'), (lambda: Taxonomy.from_newick('((a,),b);'), "A leaf of the Newick tree has no label (below 'an unnamed node', after 'a'); name it."),
     (lambda: Taxonomy.from_newick("(a,'b);"), 'opens a quote or a comment that does not end'), (lambda: Taxonomy.from_newick('(a[b,c);'), 'opens a quote or a comment that does not end'),
-    (lambda: Taxonomy.from_newick('(a,a);'), "'root' has 2 children named 'a'"), (lambda: Taxonomy.from_newick('nowhere.nwk'), 'There is no file nowhere.nwk, and it is no Newick text either'),
+    (lambda: Taxonomy.from_newick('(a,a);'), "'root' has two children named 'a'"), (lambda: Taxonomy.from_newick('nowhere.nwk'), 'There is no file nowhere.nwk, and it is no Newick text either'),
     (lambda: Taxonomy.from_folder('/nowhere/at all'), 'There is no folder /nowhere/at all.'), (lambda: Taxonomy.from_csv('/nowhere.csv'), 'There is no file /nowhere.csv.'),
     (lambda: Taxonomy.load('/nowhere.tree'), 'There is no file /nowhere.tree.'),
     (lambda: LabelGraph([('a', 'b'), ('b', 'c'), ('c', 'a')]), 'The graph has a cycle, from parent to child: a → b → c → a; take one of these edges out.'),
