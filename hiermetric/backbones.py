@@ -8,7 +8,6 @@ import functools, hashlib, os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -166,9 +165,9 @@ class Backbone:
         "Pixels a side of the input"
         return self.transform.size
 
-    @cached_property
+    @property
     def fingerprint(self)->str: # 16 hexadecimal digits
-        "Hash of weights and preprocessing: equal exactly where features are"
+        "Hash of weights and preprocessing as they are now, so that a network trained further is another one"
         weights = hashlib.sha256()
         for k, v in self.model.state_dict().items():
             weights.update(f'{k} {v.dtype} {tuple(v.shape)};'.encode())

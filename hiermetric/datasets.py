@@ -95,13 +95,34 @@ class ImageTable:
 @patch
 def summary(
     self:ImageTable
-)->pd.DataFrame: # one row a split and one for all
+)->pd.DataFrame: # one row a split and one for all: images, classes, images of the smallest, median and largest class, classes of one image
     "How many images and classes each split has, and how long the tail is"
     def row(d):
         n = d['class'].value_counts()
-        return {'images': len(d), 'classes': len(n), 'smallest class': n.min(), 'median class': n.median(), 'largest class': n.max(), 'classes of one image': int((n == 1).sum())}
+        return {'images': len(d), 'classes': len(n), 'smallest': n.min(), 'median': n.median(), 'largest': n.max(), 'of one image': (n == 1).sum()}
     by = {o: row(d) for o in SPLITS if len(d := self.samples[self.samples['split'] == o])}
     return pd.DataFrame({**by, 'all': row(self.samples)}).T.astype(int)
+
+# %% ../nbs/02_datasets.ipynb #1c10a7a1
+@patch
+def plot(
+    self:ImageTable,
+    branches:int=8, # of the root's children get a colour of their own, the largest first
+)->'matplotlib.figure.Figure':
+    "The long tail: images of each class, the commonest first, and where in the tree they are"
+    import matplotlib.pyplot as plt, seaborn as sns
+    tax, (nodes, n) = self.taxonomy, np.unique(self.targets, return_counts=True)
+    d = pd.DataFrame({'images': n, 'branch': [tax.names[tax.ancestors(i)[:2][-1]] for i in nodes]}).sort_values('images', ascending=False, ignore_index=True)
+    size = d.groupby('branch')['images'].sum().sort_values(ascending=False)
+    if len(size) > branches: d['branch'] = d['branch'].where(d['branch'].isin(size.index[:branches-1]), f'{len(size)-branches+1} others')
+    by = d.groupby('branch')['images'].agg(['sum', 'size']).sort_values('sum', ascending=False)
+    colour = dict(zip(by.index, sns.color_palette('deep', len(by))))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(2, 1), layout='constrained')
+    left.bar(d.index+1, d['images'], width=1, color=d['branch'].map(colour)); left.set(xlabel='classes, the commonest first', ylabel='images', yscale='log', title=f'{self.name}: {len(self):,} images of {len(d)} classes')
+    right.barh(by.index, by['sum'], color=by.index.map(colour)); right.invert_yaxis(); right.set(xlabel='images', xlim=(0, by['sum'].max()*1.35))
+    for i, (images, classes) in enumerate(by.itertuples(index=False)): right.text(images, i, f" {classes} class{'es' if classes > 1 else ''}", va='center', fontsize=8)
+    sns.despine(fig); plt.close(fig)
+    return fig
 
 # %% ../nbs/02_datasets.ipynb #8a515fea
 IMAGE_TYPES = {'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm'}
@@ -171,6 +192,13 @@ def _class_of(
     return folders.map(found)
 
 # %% ../nbs/02_datasets.ipynb #be0ec6d9
+def _note(items:Iterable[str], one:str, many:str)->tuple[str,...]:
+    "How many there are, with the first names; nothing where there is nothing"
+    items = list(items)
+    if not items: return ()
+    return (f"{len(items):,} {one if len(items) == 1 else many} ({', '.join(items[:3])}{', …' if len(items) > 3 else ''})",)
+
+# %% ../nbs/02_datasets.ipynb #6d60f3c5
 def folder_dataset(
     folder:str|Path, # folder of class folders
     taxonomy:Taxonomy|str|Path|None=None, # tree, or file with one; else `taxonomy.csv` in the folder, else the nesting of the folders
@@ -190,12 +218,6 @@ def folder_dataset(
     other = [o for o in other if o != 'taxonomy.csv']
     notes = _note(other, 'file that is no image was left out', 'files that are no images were left out') + _note((Path(o).name for o in found['path'][loose]), 'image outside any class folder was left out', 'images outside any class folder were left out')
     return ImageTable(d[['path', 'class', 'split']], tax, name or folder.name, folder, fill, notes)
-
-def _note(items:Iterable[str], one:str, many:str)->tuple[str,...]:
-    "How many there are, with the first names; nothing where there is nothing"
-    items = list(items)
-    if not items: return ()
-    return (f"{len(items):,} {one if len(items) == 1 else many} ({', '.join(items[:3])}{', …' if len(items) > 3 else ''})",)
 
 # %% ../nbs/02_datasets.ipynb #7935de3d
 def _check_classes(table:ImageTable)->None:

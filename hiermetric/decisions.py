@@ -155,6 +155,6 @@ def plot_reliability(
         table = per_sample(node_probs, targets, tax).dropna(subset='hit')
         n, conf, hit = calibration_bins(table.confidence, table.hit, bins); ok = n > 0
         ax.plot(conf[ok]/n[ok], hit[ok]/n[ok], color=color, lw=1.5, label=f'{name} (ECE {np.abs(conf-hit).sum()/n.sum():.1%})')
-        ax.scatter(conf[ok]/n[ok], hit[ok]/n[ok], s=8 + 400*n[ok]/n.sum(), color=color, alpha=.5, lw=0)
+        ax.scatter(conf[ok]/n[ok], hit[ok]/n[ok], s=8 + 400*n[ok]/n.sum(), color=color, alpha=.5, lw=0, clip_on=False)
     ax.set(xlabel='confidence', ylabel='share right', xlim=(0, 1), ylim=(0, 1), aspect='equal'); ax.legend(loc='upper left', frameon=False)
     return ax

@@ -8,10 +8,9 @@ import copy, importlib.util, itertools, json, os, platform, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from .backbones import Backbone, Transform, create_backbone
 from . import core
 from .core import HiermetricError, Registry, atomic_path, cache_dir
+from .datasets import ImageTable
 from .taxonomy import Taxonomy
-if TYPE_CHECKING: from hiermetric.datasets import ImageTable
 
 # %% auto #0
 __all__ = ['Features', 'choose_engine', 'extract']

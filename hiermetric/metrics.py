@@ -196,7 +196,7 @@ def truth_probability(
 # %% ../nbs/10_metrics.ipynb #76b6cd22
 def negative_log_likelihood(leaf_probs:Tensor, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) nats
     "−ln of the truth's probability, for each image"
-    return -truth_probability(leaf_probs, targets, tax).clamp(min=torch.finfo(torch.float32).tiny).log()
+    return -truth_probability(leaf_probs, targets, tax).clamp(torch.finfo(torch.float32).tiny, 1).log()
 
 def brier_score(leaf_probs:Tensor, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) in [0, 2]; NaN where the truth is internal
     "Squared distance between the leaf distribution and the truth, for each image"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, math, os, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd, torch
@@ -57,20 +57,10 @@ def split_tensors(
     "One split, looked over: raises `HiermetricError` that names the first culprit"
     x, targets = features.of(split)
     if not len(targets): raise HiermetricError(f"There are no features in the split {split!r}; there are {', '.join(sorted(set(features.split)))}. Give the data set more images, or another split.")
-    rows = np.flatnonzero(np.asarray(features.split) == split)
     if len(bad := torch.nonzero(~torch.isfinite(x).all(1)).flatten()):
-        raise HiermetricError(f"{len(bad)} of the {len(x)} feature rows of {split!r} hold NaN or infinity, the first is {_image(features, rows[int(bad[0])])}. Extract the features again, or leave that image out.")
-    n = len(features.taxonomy)
-    if len(bad := torch.nonzero((targets < 0) | (targets >= n)).flatten()):
-        i = int(bad[0])
-        raise HiermetricError(f"{_image(features, rows[i])} has the label {int(targets[i])}, which is outside the tree of {n} nodes (0 to {n-1}). Features and taxonomy belong to different trees?")
+        first = features.describe(int(np.flatnonzero(features.split == split)[bad[0]]))
+        raise HiermetricError(f"{len(bad)} of the {len(x)} feature vectors of {split!r} hold NaN or infinity, the first is that of: {first}. Extract the features again, or leave that image out.")
     return x, targets
-
-# %% ../nbs/14_training.ipynb #e7faae29
-def _image(features:Features, row:int)->str:
-    "How a message names an image: its path where it is known, its row always"
-    paths = features.meta.get('paths')
-    return f"row {row}" + (f" ({paths[row]})" if paths is not None and len(paths) else '')
 
 # %% ../nbs/14_training.ipynb #ca672d52
 def make_accelerator(
@@ -320,14 +310,14 @@ def fit(
     *,
     embedding:str='linear', # 'linear', 'mlp', 'devnet' or 'none'
     embed_dim:int=512, # D
-    dropout:float|None=None, # inside the embedding block; None is that block's default
-    epochs:int=30, # at the most
+    dropout:float|None=0.3, # on the embedding; None is the embedding block's own default
+    epochs:int=20, # at the most
     batch_size:int=256,
-    lr:float=1e-3, # highest learning rate
-    weight_decay:float=0.01, # on matrices
+    lr:float=5e-4, # highest learning rate
+    weight_decay:float=0.1, # on matrices
     warmup:float=0.1, # share of all steps that climb
     patience:int|None=8, # epochs without a better one before stopping; None never stops early
-    monitor:str='nll', # what better means on validation: 'nll' or 'top1'
+    monitor:str='top1', # what better means on validation: 'top1' or 'nll'
     seed:int=0, # of weights, order and dropout
     out:str|Path|None=None, # folder for checkpoints, history and model
     resume:bool=True, # continue or reuse what `out` holds; False starts over

@@ -87,6 +87,10 @@ def test_a_rule_of_ones_own():
     assert create_rule('root')([[1.]]).tolist() == [0] and list_rules().loc['root', 'about'] == 'always the root'
     with pytest.raises(HiermetricError, match='exists already'): register_rule('crm', Root)
 
+def test_no_images_no_answers():
+    tax = random_tree(9, 3, np.random.default_rng(0))
+    for name in RULES: rule = create_rule(name).fit(tax=tax); assert rule(np.ones((0, 9))).shape == (0,) and rule.rank(np.ones((0, 9))).shape == (0, tax.n_leaves)
+
 def test_mistakes_are_named():
     tax = random_tree(9, 3, np.random.default_rng(0)); P = tax.node_probs(np.full((2, tax.n_leaves), 1/tax.n_leaves))
     with pytest.raises(HiermetricError, match="no rule 'argmix'.*Did you mean 'argmax'"): create_rule('argmix')

@@ -176,7 +176,7 @@ def test_yardstick_is_scikit_learn():
     from sklearn.linear_model import LogisticRegression
     probs, chosen = logistic_regression(TOY, Cs=(0.1,), max_iter=500)
     (x, t), (xt, _) = ([o.numpy() for o in TOY.of(s)] for s in ('train', 'test'))
-    if chosen['standardise']: xt, x = (xt - x.mean(0))/x.std(0), (x - x.mean(0))/x.std(0)
+    xt, x = (xt - x.mean(0))/x.std(0), (x - x.mean(0))/x.std(0)
     direct = LogisticRegression(C=0.1, max_iter=500).fit(x, t).predict_proba(xt)
     assert np.abs(probs['test'] - direct).max() < 1e-3
 

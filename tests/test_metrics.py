@@ -171,6 +171,7 @@ def test_forward_gives_the_batch_and_keeps_the_sum():
     tax = flat(4); P = tax.node_probs(np.eye(4)); m = TreeMetric(tax, 'top1')
     assert float(m(P[:2], tax.leaves[[0, 0]])) == .5 and float(m(P[2:], tax.leaves[[2, 3]])) == 1. and float(m.compute()) == .75
     assert float(m.clone().compute()) == .75
+    assert TreeMetric(tax)(P, tax.leaves)['hf1'] == 1.
 
 def test_rows_of_a_table_may_be_drawn():
     "What a paired bootstrap does: the metrics of drawn rows are those of the drawn images"

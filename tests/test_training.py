@@ -37,7 +37,7 @@ def test_dropout_is_seeded_too():
     assert same(weights(a), weights(b)) and not same(weights(a), weights(fit(TOY, **QUICK, embedding='mlp', dropout=0.1)))
 
 def test_best_epoch_is_kept():
-    run = fit(TOY, **{**QUICK, 'epochs': 12, 'lr': 0.05}, patience=None)
+    run = fit(TOY, **{**QUICK, 'epochs': 12, 'lr': 0.05}, patience=None, monitor='nll')
     assert run.best_epoch == run.history.val_nll.idxmin() and len(run.history) == 12
     x, t = TOY.of('val')
     nll = -predict(run.model, x).gather(1, t[:, None]).log().mean()
@@ -46,7 +46,7 @@ def test_best_epoch_is_kept():
     assert top.best_epoch == top.history.val_top1.idxmax()
 
 def test_early_stopping():
-    run = fit(TOY, epochs=60, batch_size=64, embed_dim=32, lr=0.1, patience=3)
+    run = fit(TOY, epochs=60, batch_size=64, embed_dim=32, lr=0.1, patience=3, monitor='nll')
     assert len(run.history) == run.best_epoch + 1 + 3 < 60
 
 CHILD = textwrap.dedent("""
@@ -140,11 +140,11 @@ def test_labels_at_internal_nodes():
 
 def test_bad_features_are_refused_by_name():
     x = np.asarray(TOY.x).copy(); x[7, 2] = np.nan
-    with pytest.raises(HiermetricError, match="1 of the 432 feature rows of 'train' hold NaN or infinity, the first is row 7"): fit(replace(TOY, x=x), **QUICK)
+    with pytest.raises(HiermetricError, match="1 of the 432 feature vectors of 'train' hold NaN or infinity, the first is that of: Row 7"): fit(replace(TOY, x=x), **QUICK)
     x = np.asarray(TOY.x).copy(); x[3, 0] = np.inf
-    with pytest.raises(HiermetricError, match="of 'val' hold NaN or infinity, the first is row 3"): fit(replace(TOY, x=x), **QUICK)
+    with pytest.raises(HiermetricError, match="of 'val' hold NaN or infinity, the first is that of: Row 3"): fit(replace(TOY, x=x), **QUICK)
     t = np.asarray(TOY.targets).copy(); t[0] = -1
-    with pytest.raises(HiermetricError, match='row 0 has the label -1, which is outside the tree of 27 nodes'): fit(replace(TOY, targets=t), **QUICK)
+    with pytest.raises(HiermetricError, match='Row 0 has the label -1, which is outside the tree of 27 nodes'): fit(replace(TOY, targets=t), **QUICK)
     with pytest.raises(HiermetricError, match="no features in the split 'val'"): fit(replace(TOY, split=np.where(TOY.split == 'val', 'train', TOY.split)), **QUICK)
 
 def test_bad_settings_are_refused_by_name():

@@ -1,0 +1,123 @@
+"Features: engines agree, killed runs resume to the same bytes, nothing stale is used, unreadable files are named."
+import importlib.util, os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest, torch
+from hiermetric.backbones import create_backbone
+from hiermetric.core import HiermetricError
+from hiermetric.features import Features, _engines, _fold, _network, choose_engine, extract
+from toys import toy_backbone, toy_table
+
+KW = dict(engine='eager', batch_size=4, block=8, progress=False)
+
+@pytest.fixture(scope='module')
+def backbone(): return toy_backbone()
+
+def cosine(a, b): return np.min((a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1))
+
+@pytest.mark.parametrize('engine', ['folded', 'compiled', pytest.param('openvino', marks=pytest.mark.skipif(importlib.util.find_spec('openvino') is None, reason='openvino is not installed'))])
+def test_engines_agree_with_the_plain_network(engine, backbone):
+    x = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    want = backbone(backbone.transform.normalize(x)).numpy()
+    got = np.concatenate(list(_engines[engine](backbone)(iter(x.split(2)))))
+    assert cosine(got, want) > 0.9999
+
+@pytest.mark.parametrize('name', ['efficientnet_lite0', 'resnet18'])
+def test_folding_leaves_no_batchnorm_and_changes_nothing(name):
+    b = create_backbone(name, pretrained=name=='efficientnet_lite0', size=64)
+    folded = _fold(_network(b))
+    assert not [m for m in folded.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad(): assert cosine(folded(x).numpy(), _network(b)(x).numpy()) > 0.99999
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, backbone):
+    table = toy_table(tmp_path/'img', 96)
+    whole = extract(table, backbone, cache=tmp_path/'whole', **KW)
+    code = f"""
+import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import hiermetric.features as hf
+from toys import toy_backbone, toy_table
+slow = hf._decode
+def decode(*a): time.sleep(.05); return slow(*a)
+hf._decode = decode
+hf.extract(toy_table({str(tmp_path/'img')!r}, 96), toy_backbone(), cache={str(tmp_path/'cut')!r}, engine='eager', batch_size=4, block=8, progress=False, workers=1)
+"""
+    child = subprocess.Popen([sys.executable, '-c', code])
+    deadline = time.time() + 100
+    while not list((tmp_path/'cut').glob('*/progress.json')) and time.time() < deadline and child.poll() is None: time.sleep(.02)
+    child.send_signal(signal.SIGKILL); child.wait()
+    record = __import__('json').loads(next((tmp_path/'cut').glob('*/progress.json')).read_text())
+    assert 0 < record['done'] < 96
+    again = extract(table, backbone, cache=tmp_path/'cut', **KW)
+    assert Path(again.meta['folder'], 'x.npy').read_bytes() == Path(whole.meta['folder'], 'x.npy').read_bytes()
+    assert again.fingerprint == whole.fingerprint
+
+def test_two_processes_at_once_do_not_disturb_each_other(tmp_path, backbone):
+    table = toy_table(tmp_path/'img', 48)
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from hiermetric.features import extract
+from toys import toy_backbone, toy_table
+print(extract(toy_table({str(tmp_path/'other')!r}, 48), toy_backbone(), cache={str(tmp_path/'cache')!r}, engine='eager', batch_size=4, block=8, progress=False).fingerprint)
+"""
+    two = [subprocess.Popen([sys.executable, '-c', code.replace('/other', f'/other{i}')], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    prints = {p.communicate()[0].strip() for p in two}
+    assert [p.returncode for p in two] == [0, 0] and prints == {extract(table, backbone, cache=tmp_path/'cache', **KW).fingerprint}
+    assert len(list((tmp_path/'cache').glob('*/x.npy'))) == 1
+
+def test_a_changed_setting_never_finds_old_features(tmp_path, backbone):
+    table = toy_table(tmp_path/'img', 8)
+    first = extract(table, backbone, cache=tmp_path/'c', **KW)
+    keys = {first.meta['key']}
+    for other in (dict(backbone=toy_backbone(48)), dict(backbone=create_backbone('timm:resnet10t', pretrained=False, size=32, fit='stretch')), dict(KW, engine='folded')):
+        keys.add(extract(table, **({'backbone': backbone, 'cache': tmp_path/'c'} | KW | other)).meta['key'])
+    renamed = toy_table(tmp_path/'img', 8, name='other')
+    keys.add(extract(renamed, backbone, cache=tmp_path/'c', **KW).meta['key'])
+    Path(table.samples.path[0]).write_bytes(Path(table.samples.path[0]).read_bytes()+b'\0')   # a changed file has another size
+    keys.add(extract(table, backbone, cache=tmp_path/'c', **KW).meta['key'])
+    assert len(keys) == 6
+
+def test_a_second_call_computes_nothing(tmp_path, backbone, monkeypatch):
+    table = toy_table(tmp_path/'img', 8)
+    first = extract(table, backbone, cache=tmp_path/'c', **KW)
+    monkeypatch.setattr('hiermetric.features._fill', lambda *a, **k: pytest.fail('computed again'))
+    assert extract(table, backbone, cache=tmp_path/'c', **KW).fingerprint == first.fingerprint
+
+def test_unreadable_images_are_all_named_and_skipped_only_on_demand(tmp_path, backbone):
+    table = toy_table(tmp_path/'img', 12)
+    good = {i: Path(table.samples.path[i]).read_bytes() for i in (2, 7)}
+    Path(table.samples.path[2]).write_bytes(b''); Path(table.samples.path[7]).write_bytes(good[7][:60])
+    with pytest.raises(HiermetricError) as e: extract(table, backbone, cache=tmp_path/'c', **KW)
+    message = str(e.value)
+    assert "2 of the 12 images of 'toy' cannot be read" in message and '0002.png: the file is empty' in message and '0007.png' in message and '--skip-bad' in message
+    assert len(next((tmp_path/'c').glob('*.unreadable.txt')).read_text().splitlines()) == 2
+    f = extract(table, backbone, cache=tmp_path/'c', skip_bad=True, **KW)
+    assert len(f) == 10 and len(f.meta['skipped']) == 2 and not {table.samples.path[2], table.samples.path[7]} & set(f.paths)
+    clean = toy_table(tmp_path/'img2', 12)
+    want = extract(clean, backbone, cache=tmp_path/'c2', **KW)
+    np.testing.assert_array_equal(f.x, np.delete(np.asarray(want.x), [2, 7], 0))
+    np.testing.assert_array_equal(f.targets, np.delete(want.targets, [2, 7]))
+
+def test_a_missing_file_is_named(tmp_path, backbone):
+    table = toy_table(tmp_path/'img', 8); Path(table.samples.path[3]).unlink()
+    with pytest.raises(HiermetricError, match='0003.png'): extract(table, backbone, cache=tmp_path/'c', **KW)
+
+def test_features_that_are_not_finite_are_refused_with_the_image_named(tmp_path):
+    b = toy_backbone(); list(b.model.parameters())[0].data.fill_(float('nan'))
+    with pytest.raises(HiermetricError, match=r"makes NaN or infinite features of .*0000\.png"): extract(toy_table(tmp_path/'img', 8), b, cache=tmp_path/'c', **KW)
+
+def test_save_and_load(tmp_path, backbone):
+    f = extract(toy_table(tmp_path/'img', 8), backbone, cache=tmp_path/'c', **KW)
+    g = Features.load(f.save(tmp_path/'kept'))
+    assert g.fingerprint == f.fingerprint and g.taxonomy == f.taxonomy and g.meta == f.meta and list(g.paths) == list(f.paths)
+    for split in ('train', 'val', 'test'):
+        (x, t), (u, v) = f.of(split), g.of(split)
+        assert torch.equal(x, u) and torch.equal(t, v) and x.dtype == torch.float32
+    with pytest.raises(HiermetricError, match='no complete features'): Features.load(tmp_path/'nowhere')
+
+def test_errors_name_culprit_and_remedy(tmp_path, backbone):
+    table = toy_table(tmp_path/'img', 8)
+    with pytest.raises(HiermetricError, match="Did you mean 'openvino'"): choose_engine('openvinno')
+    with pytest.raises(HiermetricError, match='made for 32 px, not 64'): extract(table, backbone, size=64, cache=tmp_path, **KW)
+    table.samples = table.samples.iloc[:0]
+    with pytest.raises(HiermetricError, match="'toy' has no images"): extract(table, backbone, cache=tmp_path, **KW)
