@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 from .core import HiermetricError, Registry, cache_dir, did_you_mean, download, fingerprint
+try: from torchvision.io import ImageReadMode, decode_image
+except ImportError: decode_image = None   # torchvision 0.29 announces that its decoders will go; then PIL reads everything
 
 # %% auto #0
 __all__ = ['WEIGHTS_URL', 'read_image', 'Transform', 'Backbone', 'load_weights', 'create_backbone', 'list_backbones',
@@ -69,7 +70,7 @@ def read_image(
         if isinstance(image, Image.Image): return _from_pil(image, background)
         data = np.fromfile(image, np.uint8)
         if not len(data): raise HiermetricError("the file is empty")
-        if _plain(data.tobytes()):
+        if decode_image and _plain(data.tobytes()):
             with suppress(RuntimeError):   # PIL may still read it, and says more clearly why not
                 x = decode_image(torch.from_numpy(data), ImageReadMode.UNCHANGED, apply_exif_orientation=True)
                 if x.shape[0] in (1, 3): return x
