@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_datasets.ipynb #cb540aa5
 from __future__ import annotations
-import colorsys, hashlib, math, os, unicodedata
+import colorsys, hashlib, math, os, sys, unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -374,7 +374,8 @@ def cifar_to_png(
             records = raw.reshape(-1, 3074)
             if len(records) and (top := records[:, 1].max()) >= len(names): raise HiermetricError(f"{home/f'{split}.bin'} has label {top}, but there are {len(names)} names in fine_label_names.txt; fetch the archive again.")
             for o in np.unique(records[:, 1]): (tmp/split/names[o]).mkdir(parents=True)
-            for i, (label, pixels) in enumerate(zip(records[:, 1], records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))):
+            images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            for i, (label, pixels) in track(enumerate(zip(records[:, 1], images)), f'Converting {split}', total=len(records), transient=True, disable=not sys.stdout.isatty()):
                 Image.fromarray(np.ascontiguousarray(pixels)).save(tmp/split/names[label]/f'{i:05d}.png', compress_level=1)
     return out
 
@@ -385,6 +386,7 @@ def cifar_100(
     "Read CIFAR-100 from its binary version or from class folders"
     base = locate(CIFAR_100, root)
     binary = next((o for o in [base, base/'cifar-100-binary'] if (o/'train.bin').is_file()), None)
+    if binary and (gone := [o for o in ('test.bin', 'fine_label_names.txt') if not (binary/o).is_file()]): raise HiermetricError(f"{binary} has no {gone[0]}; delete the folder and fetch the archive again.")
     if binary: home = cifar_to_png(binary, cache_dir()/'datasets'/f'cifar-100-png-{fingerprint(*(binary/o for o in ("train.bin", "test.bin")))[:8]}')
     else: home = base/'cifar-100' if (base/'cifar-100').is_dir() else base
     return folder_dataset(home, _TREES/'cifar-100-taxonomy.csv' if taxonomy is None else taxonomy, None, 'cifar-100')
@@ -905,7 +907,7 @@ def _draw_all(home:Path, seed:int, size:int, largest:int, smallest:int)->None:
     fauna = _fauna(seed); home.mkdir(parents=True)
     pd.DataFrame([(o[-1], '/'.join(o[:-1])) for o in fauna], columns=['class', 'lineage']).to_csv(home/'taxonomy.csv', index=False)
     species = _Dice('abundance', seed).shuffled(list(fauna)); counts = np.geomspace(largest, smallest, len(species)).round().astype(int)
-    for path, n in track(list(zip(species, counts)), f'Drawing {counts.sum():,} organisms', transient=True):
+    for path, n in track(list(zip(species, counts)), f'Drawing {counts.sum():,} organisms', transient=True, disable=not sys.stdout.isatty()):
         (home/path[-1]).mkdir()
         for i in range(n): _photograph(*fauna[path], _Dice(seed, path[-1], i), size).save(home/path[-1]/f'{path[-1]} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0)
 

@@ -10,7 +10,7 @@ from PIL import Image
 import hiermetric.datasets as D
 from hiermetric.core import HiermetricError, data_dir
 from hiermetric.datasets import load_dataset, split_counts, stratified_split
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.taxonomy import Taxonomy, TaxonomyWarning
 
 TREE = Taxonomy.from_paths({'bee': 'Animalia/Insecta', 'ant': 'Animalia/Insecta', 'gnat': 'Animalia/Insecta', 'cod': 'Animalia/Pisces', 'eel': 'Animalia/Pisces'})
 
@@ -60,7 +60,8 @@ def test_split_properties(sizes, val, test, random):
     for c, n in enumerate(sizes):
         got = [split[f'{c}_{i}.png'] for i in range(n)]
         assert 'train' in got
-        assert ('test' in got) == (test > 0 and n > 1) and ('val' in got) == (val > 0 and n > 1+(test > 0))
+        assert ('test' in got) == (test > 0 and n > 1) and ('val' in got) == (val > 0 and n-got.count('test') > 1)
+        if (val, test) == (.1, .2) and n > 2: assert set(got) == {'train', 'val', 'test'}
         if n >= 10: assert abs(got.count('test')-test*n) <= .5 and abs(got.count('val')-val*n) <= .5
 
 def test_a_new_file_moves_at_most_one_across_each_boundary():
@@ -128,7 +129,7 @@ def test_taxonomy_beside_the_images_and_names_in_two_places(tmp_path):
     d = touch(tmp_path, 'bee/1.jpg', 'ant/1.jpg', 'ant/2.jpg')
     (d/'taxonomy.csv').write_text('class,lineage\nbee,Insecta\nant,Insecta\n')
     assert load_dataset(d).taxonomy.path('ant') == 'root/Insecta/ant'
-    two = Taxonomy.from_paths([('fish', 'other'), ('fish', 'cod'), ('crab', 'other')])
+    with pytest.warns(TaxonomyWarning, match='other'): two = Taxonomy.from_paths([('fish', 'other'), ('fish', 'cod'), ('crab', 'other')])
     table = load_dataset(touch(tmp_path/'n', 'fish/other/1.jpg', 'fish/cod/1.jpg', 'crab/other/1.jpg'), two)
     assert [table.taxonomy.path(i) for i in table.targets] == ['root/crab/other', 'root/fish/cod', 'root/fish/other']
 
@@ -154,7 +155,7 @@ def test_messages(tmp_path):
     twice = touch(tmp_path/'twice', 'north/bee/1.jpg', 'south/bee/2.jpg')
     assert message(load_dataset, twice, TREE) == "Class 'bee' is in two places, north/bee and south/bee; put its images together or rename one."
     assert message(load_dataset, d, TREE, val=.6, test=.4) == 'The shares val=0.6 and test=0.4 leave nothing to train on; they are fractions whose sum is below 1.'
-    assert message(load_dataset, d, held_out='bea') == "Class 'bea' cannot be held out: set has no images of it. Did you mean 'bee'?"
+    assert message(load_dataset, d, held_out='bea') == "Class 'bea' cannot be held out: set has no images of it. Did you mean 'bee' or 'zebra'?"
     assert message(load_dataset, 'tiny-imagenet', root=tmp_path/'nowhere') == f'There is no {tmp_path}/nowhere; give the folder that holds tiny-imagenet-200.zip.'
     assert message(load_dataset, 'tiny-imagenet', root=d) == f'{d} does not hold Tiny-ImageNet: there is no wnids.txt in it. It should be what tiny-imagenet-200.zip unpacks to.'
 
@@ -174,7 +175,7 @@ def test_bad_csv(tmp_path, text, said):
 
 def test_missing_or_strange_taxonomy_file(tmp_path):
     d = touch(tmp_path/'d', 'bee/1.jpg', 'ant/1.jpg'); touch(tmp_path, 'tree.csv', 'tree.docx')
-    assert message(load_dataset, d, tmp_path/'tre.csv').endswith("tre.csv. Did you mean 'tree.csv'?")
+    assert message(load_dataset, d, tmp_path/'tre.csv').endswith("tre.csv. Did you mean 'tree.csv' or 'tree.docx'?")
     assert message(load_dataset, d, tmp_path/'tree.docx') == f'{tmp_path}/tree.docx is no taxonomy that can be read; give a .csv with the columns class and lineage, a Newick tree (.nwk) or a saved tree (.npz).'
     (tmp_path/'tree.nwk').write_text('((bee,ant)Insecta,cod)Animalia;'); TREE.save(tmp_path/'tree.npz')
     assert load_dataset(d, tmp_path/'tree.nwk').taxonomy.leaf_names == ('bee', 'ant')
@@ -226,7 +227,7 @@ def cifar_binary(n=40, classes=('apple', 'aquarium_fish', 'baby')):
 def test_cifar_binary(places):
     files = cifar_binary(); archive(places/'data'/'cifar-100-binary.tar.gz', files)
     table = load_dataset('cifar-100')
-    assert table.summary()['images'].to_dict() == {'train': 36, 'val': 4, 'test': 40, 'all': 80}
+    assert table.summary()['images'].to_dict() == {'train': 37, 'val': 3, 'test': 40, 'all': 80}
     raw = np.frombuffer(files['cifar-100-binary/test.bin'], np.uint8).reshape(-1, 3074)
     for path, c in table.samples.loc[table.samples['split'] == 'test', ['path', 'class']].values:
         row = raw[int(Path(path).stem)]; image = np.asarray(Image.open(path))
@@ -237,7 +238,7 @@ def test_cifar_binary(places):
 @pytest.mark.parametrize('change, said', [
     (lambda f: f.update({'cifar-100-binary/train.bin': f['cifar-100-binary/train.bin'][:-1]}), '122959 bytes are no whole number of records of 3074. Delete it and fetch the archive again.'),
     (lambda f: f.update({'cifar-100-binary/fine_label_names.txt': b'apple\n'}), 'has label 2, but there are 1 names in fine_label_names.txt; fetch the archive again.'),
-    (lambda f: f.pop('cifar-100-binary/test.bin'), 'test.bin')])
+    (lambda f: f.pop('cifar-100-binary/test.bin'), 'cifar-100-binary has no test.bin; delete the folder and fetch the archive again.')])
 def test_cifar_damaged(places, change, said):
     files = cifar_binary(); change(files); archive(places/'data'/'cifar-100-binary.tar.gz', files)
     assert said in message(load_dataset, 'cifar-100')
