@@ -415,18 +415,19 @@ def plot_levels(self:Report)->'matplotlib.figure.Figure':
     for at, total in zip(y, left): ax.text(total, at, f' {total:.1f}', va='center', color='0.3')
     ax.set_yticks(y, [f'{h} · {r}' for h, r in shares.index]); ax.invert_yaxis()
     ax.set(xlabel='wrong answers, % of test images'); ax.tick_params(axis='y', length=0); sns.despine(fig, left=True)
-    ax.legend(title='LCA height', frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), ncols=1 + shares.shape[1]//9)
+    ax.legend(title='LCA height', frameon=False, loc='center left', bbox_to_anchor=(1.02, 0.5), ncols=1 + shares.shape[1]//9)
     return fig
 
 # %% ../nbs/15_experiment.ipynb #53ddbfe2
-def _clades(tax:Taxonomy, most:int=12)->list[int]:
-    "Nodes that cut the tree into at most `most` clades: the largest is split first"
-    nodes, size = [0], np.asarray(tax.leaf_stop) - np.asarray(tax.leaf_start)
-    children = lambda i: np.flatnonzero(np.asarray(tax.parents) == i).tolist()
-    while True:
-        big = max(nodes, key=lambda i: size[i])
-        if size[big] <= 2*tax.n_leaves/most or len(nodes) + len(children(big)) - 1 > most: return sorted(nodes)
-        nodes = [o for o in nodes if o != big] + children(big)
+def _clades(tax:Taxonomy, most:int=16)->list[int]:
+    "Nodes that cut the tree into at most `most` clades: large ones are split first, small ones never"
+    size, nodes, whole = tax.leaf_stop - tax.leaf_start, [], [0]
+    while whole:
+        big = max(whole, key=lambda i: size[i]); whole.remove(big)
+        below = np.flatnonzero(tax.parents == big).tolist()
+        if size[big] > 2*tax.n_leaves/most and len(nodes) + len(whole) + len(below) <= most: whole += below
+        else: nodes.append(big)
+    return sorted(nodes)
 
 # %% ../nbs/15_experiment.ipynb #93c92911
 @patch
@@ -446,12 +447,13 @@ def plot_confusion(self:Report, heads:Sequence[str]|None=None, rule:str='argmax'
     tax, heads = self.taxonomy, list(heads or dict.fromkeys(h for h,_ in self.nodes))[:2]
     fig, axes = plt.subplots(1, len(heads), figsize=(5.2*len(heads) + 1.8, 5.6), layout='constrained', squeeze=False, sharey=True)
     clades = _clades(tax); start, stop = (np.asarray(o)[clades] for o in (tax.leaf_start, tax.leaf_stop))
+    middle, names = zip(*(((a+b-1)/2, tax.names[i]) for a, b, i in zip(start, stop, clades) if b-a >= tax.n_leaves/50))   # room for a name
     for ax, head in zip(axes[0], heads):
         picture = ax.imshow(np.ma.masked_equal(self.confusion(head, rule), 0), cmap='rocket_r', norm=PowerNorm(0.4, 0, 1), interpolation='nearest')
         for a, b in zip(start, stop): ax.add_patch(plt.Rectangle((a-.5, a-.5), b-a, b-a, fill=False, ec='0.4', lw=.6))
         ax.set(title=f'{head} · {rule}', xlabel='answer'); ax.tick_params(length=0)
-        ax.set_xticks((start + stop - 1)/2, [tax.names[i] for i in clades], rotation=90)
-    axes[0, 0].set_yticks((start + stop - 1)/2, [tax.names[i] for i in clades]); axes[0, 0].set_ylabel('truth')
+        ax.set_xticks(middle, names, rotation=90)
+    axes[0, 0].set_yticks(middle, names); axes[0, 0].set_ylabel('truth')
     fig.colorbar(picture, ax=axes, shrink=.6, label='share of the true class')
     return fig
 
@@ -544,7 +546,7 @@ def _difference_table(self:Report)->pd.DataFrame:
     def cell(row, metric, factor, digits, higher):
         lo, hi = s.loc[(*row, metric), ['lo', 'hi']] * factor
         return f'{lo:+.{digits}f} … {hi:+.{digits}f}' + ('' if not (lo > 0 or hi < 0) else ' ▲' if (lo > 0) == higher else ' ▼')
-    columns = {head: [cell(row, k, *how) for row in rows] for k, (head, *how) in shown_metrics.items() if k != 'ece'}
+    columns = {head: [cell(row, k, *how) for row in rows] for k, (head, *how) in shown_metrics.items() if k not in ('top5', 'hd@20', 'ece')}
     return pd.DataFrame(columns, index=pd.MultiIndex.from_tuples(rows, names=['head', 'rule'])) if rows else pd.DataFrame()
 
 @patch

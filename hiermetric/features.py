@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_features.ipynb #d94f2ff9
 from __future__ import annotations
-import copy, importlib.util, itertools, json, os, platform, time
+import copy, importlib.util, itertools, json, os, platform, shutil, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .backbones import Backbone, Transform, create_backbone
 from . import core
-from .core import HiermetricError, Registry, atomic_path, cache_dir
-from .datasets import ImageTable
+from .core import HiermetricError, Registry, atomic_path, cache_dir, did_you_mean
+from .datasets import SPLITS, ImageTable
 from .taxonomy import Taxonomy
 
 # %% auto #0
@@ -30,7 +30,7 @@ class Features:
     "Vectors, labels and splits of the images of one data set"
     x:np.ndarray # (n, F) float16, usually memory-mapped
     targets:np.ndarray # (n,) node ids, of leaves or inner nodes
-    split:np.ndarray # (n,) 'train', 'val' or 'test'
+    split:np.ndarray # (n,) one of `SPLITS`
     taxonomy:Taxonomy # tree that `targets` points into
     meta:dict = field(default_factory=dict) # where they came from
     paths:np.ndarray|None = None # (n,) image files, where there are any
@@ -42,6 +42,8 @@ class Features:
         for name in ('targets', 'split', 'paths'):
             o = getattr(self, name)
             if o is not None and len(o) != len(self.x): raise HiermetricError(f"There are {len(self.x)} rows of features and {len(o)} {name}; they must be as many.")
+        if (bad := sorted(set(np.unique(self.split)) - set(SPLITS))): raise HiermetricError(f"There is no split {bad[0]!r}; there are {', '.join(SPLITS)}.{did_you_mean(bad[0], SPLITS)}")
+        if not isinstance(self.x, np.memmap) and (bad := np.flatnonzero(~np.isfinite(self.x).all(1))).size: raise HiermetricError(f"{self.describe(bad[0])} has NaN or infinite features ({bad.size} of {len(self.x)} rows have); leave such rows out.")
         N = len(self.taxonomy)
         if (bad := np.flatnonzero((self.targets < 0) | (self.targets >= N))).size: raise HiermetricError(f"{self.describe(bad[0])} has the label {self.targets[bad[0]]}, which is outside the tree of {N} nodes (0 to {N-1}). Do features and taxonomy belong together?")
 
@@ -52,15 +54,16 @@ class Features:
         return f'Row {row}' if self.paths is None else f'The image {self.paths[row]}'
 
     def __repr__(self)->str:
-        parts = ', '.join(f'{(self.split == s).sum():,} {s}' for s in ('train', 'val', 'test') if (self.split == s).any())
+        parts = ', '.join(f'{(self.split == s).sum():,} {s}' for s in SPLITS if (self.split == s).any())
         return f"Features of {self.meta.get('dataset', 'unnamed images')!r}: {len(self):,} images ({parts}) × {self.x.shape[1]:,}, {self.taxonomy!r}"
 
 # %% ../nbs/04_features.ipynb #9b9ba657
 @patch
 def of(self:Features,
-    split:str, # 'train', 'val' or 'test'
+    split:str, # one of `SPLITS`
 )->tuple[Tensor,Tensor]: # (k, F) float32 and (k,) int64
     "Vectors and node ids of one split, in memory; empty where the split is"
+    if split not in SPLITS: raise HiermetricError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
     rows = np.flatnonzero(self.split == split)
     return torch.from_numpy(np.asarray(self.x[rows], dtype=np.float32)), torch.from_numpy(self.targets[rows])
 
@@ -128,11 +131,11 @@ def _fold(net:nn.Module)->nn.Module: # itself, changed; a network that cannot be
     "Put every BatchNorm that follows a convolution into it, @eq-fold"
     from torch.nn.utils.fusion import fuse_conv_bn_weights
     try: graph = _Tracer().trace(net)
-    except (torch.fx.proxy.TraceError, TypeError, ValueError): return net
+    except Exception: return net   # its forward pass depends on values
     modules = dict(net.named_modules())
     for node in graph.nodes:
         bn = modules.get(node.target) if node.op == 'call_module' else None
-        if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or node.args[0].op != 'call_module' or len(node.args[0].users) > 1: continue
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or bn.running_mean is None or node.args[0].op != 'call_module' or len(node.args[0].users) > 1: continue
         conv = modules[node.args[0].target]
         if not isinstance(conv, nn.Conv2d): continue
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
@@ -154,6 +157,7 @@ def _compiled(backbone:Backbone)->Callable:
     return run
 
 def _cuda(backbone:Backbone)->Callable:
+    if not torch.cuda.is_available(): raise HiermetricError("The engine 'cuda' needs an NVIDIA GPU, and torch sees none here; engine='auto' takes the best there is.")
     net = _network(backbone).to('cuda', memory_format=torch.channels_last)
     def prepare(x:Tensor)->Tensor: return _channels_last(x.pin_memory().to('cuda', non_blocking=True))
     def run(batches:Iterable[Tensor])->Iterator[np.ndarray]:
@@ -242,6 +246,7 @@ def _place(folder:Path, n:int, dim:int)->np.memmap: # (n, F) float16
     "The array on disk, made where it is missing"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder/'x.npy').exists():
+        if (free := shutil.disk_usage(folder).free) < 2*n*dim: raise HiermetricError(f"{folder} needs {2*n*dim/1e9:.1f} GB and has {free/1e9:.1f} GB left; make room, or name another folder with cache=….")
         (folder/'progress.json').unlink(missing_ok=True)
         with atomic_path(folder/'x.npy') as tmp: np.lib.format.open_memmap(tmp, 'w+', np.float16, (n, dim)).flush()
     return np.load(folder/'x.npy', mmap_mode='r+')
@@ -250,8 +255,10 @@ def _place(folder:Path, n:int, dim:int)->np.memmap: # (n, F) float16
 @contextmanager
 def _bar(show:bool, what:str, total:int, done:int)->Iterator[Callable]:
     "A progress bar with rate and time left"
+    from rich import get_console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]}'), TimeRemainingColumn(), disable=not show, transient=True) as bar:
+    console = get_console()
+    with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]}'), TimeRemainingColumn(), disable=not (show and (console.is_terminal or console.is_jupyter)), transient=True) as bar:
         task, start, seen = bar.add_task(what, total=total, completed=done, rate=''), time.perf_counter(), 0
         def advance(n:int)->None:
             nonlocal seen
@@ -264,19 +271,19 @@ def _fill(
     record:dict, # of `_record`; brought up to date
     folder:Path,
     paths:Sequence[str], # (n,)
+    again:Sequence[int], # rows whose file could not be read before and can be now
     backbone:Backbone,
     run:Callable, # an engine
     batch_size:int, workers:int, block:int,
     advance:Callable,
 )->None:
-    "Compute the rows that are missing, and those whose file could not be read before; keep a record after every block"
-    retry, before = sorted(map(int, record['bad'])), record['seconds']
-    start, rows = time.perf_counter(), np.concatenate([np.array(retry, dtype=int), np.arange(record['done'], len(paths))])
+    "Compute the rows that are missing, and those of `again`; keep a record after every block"
+    start, before, rows = time.perf_counter(), record['seconds'], np.arange(record['done'], len(paths))
     faults = deque()
     def feed(chunk:np.ndarray)->Iterator[Tensor]:
         for batch, wrong in _batches([paths[i] for i in chunk], backbone.transform, batch_size, workers):
             faults.append(wrong); yield batch
-    for chunk in np.split(rows, range(len(retry) or block, len(rows), block)) if len(rows) else []:
+    for chunk in filter(len, [np.asarray(again, dtype=int), *np.split(rows, range(block, len(rows), block))]):
         at = 0
         for z in run(feed(chunk)):
             part, wrong = chunk[at:at+len(z)], faults.popleft(); at += len(z)
@@ -314,13 +321,14 @@ def extract(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         record = _record(folder)
-        if record['done'] < len(paths) or record['bad'] or not (folder/'x.npy').exists():
+        again = [i for i in map(int, record['bad']) if not _decode(paths[i], backbone.transform)[1]]
+        if again or record['done'] < len(paths) or not (folder/'x.npy').exists():
             x = _place(folder, len(paths), backbone.dim); record = _record(folder)
-            with _bar(progress, table.name, len(paths), record['done'] - len(record['bad'])) as advance, _threads(1 if engine == 'openvino' else None):
-                _fill(x, record, folder, paths, backbone, _engines[engine](backbone), batch_size or (256 if engine == 'cuda' else 8), workers or min(cores, 16), block, advance)
+            with _bar(progress, table.name, len(paths), record['done'] - len(again)) as advance, _threads(1 if engine == 'openvino' else None):
+                _fill(x, record, folder, paths, again, backbone, _engines[engine](backbone), batch_size or (256 if engine == 'cuda' else 8), workers or min(cores, 16), block, advance)
             del x
     bad = {int(i): w for i, w in record['bad'].items()}
-    if bad and not skip_bad: raise HiermetricError(_bad_list(table, bad, folder))
+    if bad and (not skip_bad or len(bad) == len(paths)): raise HiermetricError(_bad_list(table, bad, folder))
     meta = dict(dataset=table.name, table=table.fingerprint, backbone=backbone.name, backbone_fingerprint=backbone.fingerprint, size=backbone.size, fit=backbone.transform.fit, fill=backbone.transform.fill,
                 engine=engine, key=key, folder=str(folder), seconds=round(record['seconds'], 1), versions=_versions(engine), skipped=[bad[i] for i in sorted(bad)])
     keep = slice(None) if not bad else np.setdiff1d(np.arange(len(paths)), list(bad))

@@ -32,11 +32,11 @@ def readme():
     out = []
     for c in json.loads(INDEX.read_text(encoding='utf-8'))['cells']:
         src = _text(c['source'])
-        if c['cell_type'] == 'markdown': out.append(re.sub(r'(\[[^\]]*\])\(([^)\s]+)\)', _link, src))
+        if c['cell_type'] == 'markdown': out.append(src)
         elif c['cell_type'] == 'code' and not re.search(r'^#\|\s*(hide|default_exp)', src, re.M):
             if not re.search(r'^#\|\s*echo:\s*false', src, re.M): out.append('```python\n' + re.sub(r'^#\|.*\n', '', src, flags=re.M) + '\n```')
             out += [t for o in c['outputs'] if (t := _output(o))]
-    return '<!-- Written from nbs/index.ipynb by tests/readme.py; edit the notebook. -->\n\n' + '\n\n'.join(o.strip() for o in out if o.strip()) + '\n'
+    return '<!-- Written from nbs/index.ipynb by tests/readme.py; edit the notebook. -->\n\n' + re.sub(r'(\[[^\]]*\])\(([^)\s]+)\)', _link, '\n\n'.join(o.strip() for o in out if o.strip())) + '\n'
 
 def test_command():
     "The second `sh` block of README.md"
