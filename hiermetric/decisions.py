@@ -5,14 +5,14 @@
 # %% ../nbs/11_decisions.ipynb #ef7f2b9c
 from __future__ import annotations
 import math, warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 import numpy as np, pandas as pd, torch
+from matplotlib.axes import Axes
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from .core import HiermetricError, Registry
 from .metrics import _rows, calibration_bins, check_node_probs, check_targets, leaf_distribution, negative_log_likelihood, per_sample
 from .taxonomy import Taxonomy
-if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE', 'temper',
