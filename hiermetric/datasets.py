@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_datasets.ipynb #cb540aa5
 from __future__ import annotations
-import colorsys, hashlib, math, os, sys, unicodedata
+import colorsys, hashlib, math, os, subprocess, sys, unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -902,14 +902,28 @@ def synthetic_taxa(
 
 _FAUNA_VERSION = 1   # goes up when the drawings change
 
+# %% ../nbs/02_datasets.ipynb #9b78e625
+def _draw_part(home:str|Path, seed:int, size:int, largest:int, smallest:int, part:int=0, parts:int=1, show:bool=False)->None:
+    "Draw every `parts`-th image into the class folders"
+    fauna = _fauna(seed); species = _Dice('abundance', seed).shuffled(list(fauna)); counts = np.geomspace(largest, smallest, len(species)).round().astype(int)
+    mine = [(path, i) for path, n in zip(species, counts) for i in range(n)][part::parts]
+    for path, i in track(mine, f'Drawing {counts.sum():,} organisms', transient=True, disable=not (show and sys.stdout.isatty())):
+        name = path[-1]; _photograph(*fauna[path], _Dice(seed, name, i), size).save(Path(home)/name/f'{name} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0)
+
 def _draw_all(home:Path, seed:int, size:int, largest:int, smallest:int)->None:
     "Write `taxonomy.csv` and the images of every species"
-    fauna = _fauna(seed); home.mkdir(parents=True)
+    fauna = _fauna(seed)
+    for o in fauna: (home/o[-1]).mkdir(parents=True)
     pd.DataFrame([(o[-1], '/'.join(o[:-1])) for o in fauna], columns=['class', 'lineage']).to_csv(home/'taxonomy.csv', index=False)
-    species = _Dice('abundance', seed).shuffled(list(fauna)); counts = np.geomspace(largest, smallest, len(species)).round().astype(int)
-    for path, n in track(list(zip(species, counts)), f'Drawing {counts.sum():,} organisms', transient=True, disable=not sys.stdout.isatty()):
-        (home/path[-1]).mkdir()
-        for i in range(n): _photograph(*fauna[path], _Dice(seed, path[-1], i), size).save(home/path[-1]/f'{path[-1]} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0)
+    parts = min(8, os.cpu_count() or 1) if largest*len(fauna) > 2000 else 1
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(str(files('hiermetric'))).parent), os.environ.get('PYTHONPATH', '')])}
+    code = f"from hiermetric.datasets import _draw_part; _draw_part({str(home)!r}, {seed}, {size}, {largest}, {smallest}, %d, {parts})"
+    helpers = [subprocess.Popen([sys.executable, '-c', code % k], env=env) for k in range(1, parts)]
+    try:
+        _draw_part(home, seed, size, largest, smallest, 0, parts, True)
+        if any(o.wait() for o in helpers): raise RuntimeError('A process that draws organisms failed; its message is above.')
+    finally:
+        for o in helpers: o.kill(); o.wait()
 
 # %% ../nbs/02_datasets.ipynb #9d8e2e14
 DATASETS = Registry('data set',

@@ -353,6 +353,14 @@ def test_synthetic_taxa_are_written_once(places, monkeypatch):
     held = load_dataset(size=32, largest=4, smallest=1, held_out=5)
     assert held.samples['class'][held.samples['split'] == 'unseen'].nunique() == 5 and held.taxonomy == table.taxonomy
 
+def test_helpers_draw_the_same_images(tmp_path, monkeypatch):
+    "Two processes and one give the same files"
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    shared = D.synthetic_taxa(tmp_path/'a', size=32, largest=36, smallest=1)             # large enough to be shared out
+    monkeypatch.setattr(os, 'cpu_count', lambda: 1)
+    alone = D.synthetic_taxa(tmp_path/'b', size=32, largest=36, smallest=1)
+    assert len(shared) > 500 and [Path(o).read_bytes() for o in shared.samples['path']] == [Path(o).read_bytes() for o in alone.samples['path']]
+
 def test_synthetic_taxa_leave_nothing_half_done(places, monkeypatch):
     calls = []
     def photograph(*a):
