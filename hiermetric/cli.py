@@ -69,14 +69,14 @@ def _folder(out:Path|None, data:str, *more:str)->Path:
     return out if out is not None else Path('runs', Path(data).name, *more)
 
 # %% ../nbs/16_cli.ipynb #4fa556fd
-def _print_table(table:pd.DataFrame, title:str)->None:
+def _print_table(table:pd.DataFrame, title:str, caption:str|None=None)->None:
     "A table as wide as the terminal allows: the last columns stay in the report"
     from rich.table import Table
     console, rows = Console(), list(table.iterrows())
     width = lambda column: 3 + max(len(column), *(len(str(row[column])) for _, row in rows))
     keys = sum(3 + max(len(str(n)), *(len(str(k[i])) for k, _ in rows)) for i, n in enumerate(table.index.names))
     columns = [c for i, c in enumerate(table.columns) if i < 1 or keys + sum(map(width, table.columns[:i+1])) <= console.width]
-    out, before = Table(title=title, title_justify='left', title_style='bold'), None
+    out, before = Table(title=title, caption=caption, title_justify='left', caption_justify='left', title_style='bold'), None
     for name in table.index.names: out.add_column(str(name), no_wrap=True)
     for c in columns: out.add_column(c, justify='right', no_wrap=True)
     for key, row in rows:
@@ -112,7 +112,8 @@ def compare(
     from hiermetric.experiment import compare
     names = lambda text: [o.strip() for o in text.split(',') if o.strip()]
     report = compare(features, names(heads), seeds, names(rules), yardstick=yardstick, tune=tune, out=where, progress=True, device=device, **({'epochs': epochs} if epochs else {}))
-    _print_table(report.table, f"{report.info['data set']}: mean ± half the 95 % interval over seeds; ▲ better, ▼ worse than {report.runs['head'].iloc[0]}")
+    first = ['top-1 %', 'macro %', 'HD@1', 'severity', 'hF1 %', 'NLL']
+    _print_table(report.table[first + [o for o in report.table if o not in first]], report.info['data set'], f"± half the 95 % interval over seeds; ▲ better, ▼ worse than {report.runs['head'].iloc[0]} under the same rule")
     Console().print(Text(f'{report.verdict()}\nReport: {where/"report.html"}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #f16e976b

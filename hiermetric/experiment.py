@@ -419,13 +419,13 @@ def plot_levels(self:Report)->'matplotlib.figure.Figure':
     return fig
 
 # %% ../nbs/15_experiment.ipynb #53ddbfe2
-def _clades(tax:Taxonomy, most:int=16)->list[int]:
+def _clades(tax:Taxonomy, most:int=20)->list[int]:
     "Nodes that cut the tree into at most `most` clades: large ones are split first, small ones never"
     size, nodes, whole = tax.leaf_stop - tax.leaf_start, [], [0]
     while whole:
         big = max(whole, key=lambda i: size[i]); whole.remove(big)
         below = np.flatnonzero(tax.parents == big).tolist()
-        if size[big] > 2*tax.n_leaves/most and len(nodes) + len(whole) + len(below) <= most: whole += below
+        if below and size[big] > 2*tax.n_leaves/most and len(nodes) + len(whole) + len(below) <= most: whole += below
         else: nodes.append(big)
     return sorted(nodes)
 

@@ -1,7 +1,10 @@
-"The command in a process of its own, on tiny data: what it writes, what it says, how it exits. Every case of bad input quotes its message."
-import os, re, subprocess, sys
+"The command on tiny data, in a process of its own where that matters: what it writes, what it says, how it exits. Every case of bad input quotes its message."
+import contextlib, os, re, subprocess, sys
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from PIL import Image
+from typer.testing import CliRunner
+from hiermetric.cli import app
 from hiermetric.core import HiermetricError
 from hiermetric.taxonomy import Taxonomy
 
@@ -22,22 +25,32 @@ def world(tmp_path_factory):
     (root/'zoo.csv').write_text('class,lineage\n' + ''.join(f'{c},{l}\n' for c, l in CLASSES.items()))
     return root
 
-def hiermetric(world, *args, cwd=None, **env):
+def environment(world): return {'HIERMETRIC_CACHE': str(world/'cache'), 'COLUMNS': '200', 'NO_COLOR': '1', 'TERM': 'dumb'}
+
+def command(world, *args):
+    "In a process of its own, as a user would"
     cmd = [sys.executable, '-c', 'from hiermetric.cli import app; app(prog_name="hiermetric")', *map(str, args)]
-    env = os.environ | {'HIERMETRIC_CACHE': str(world/'cache'), 'COLUMNS': '200', 'NO_COLOR': '1', 'TERM': 'dumb'} | env
-    return subprocess.run(cmd, cwd=cwd or world, env=env, capture_output=True, text=True, timeout=300)
+    r = subprocess.run(cmd, cwd=world, env=os.environ | environment(world), capture_output=True, text=True, timeout=900)
+    return SimpleNamespace(code=r.returncode, out=r.stdout, err=r.stderr)
+
+def inside(world, *args):
+    "In this process, for the many small cases: importing torch takes longer than most of them"
+    with contextlib.chdir(world): r = CliRunner().invoke(app, [*map(str, args)], prog_name='hiermetric', env=environment(world))
+    if r.exception and not isinstance(r.exception, SystemExit): raise r.exception
+    return SimpleNamespace(code=r.exit_code, out=r.stdout, err=r.stderr)
 
 def ok(r):
-    assert r.returncode == 0, r.stderr
-    return r.stdout
+    assert r.code == 0, r.err
+    return r.out
 
 def refused(r, text):
+    r = SimpleNamespace(returncode=r.code, stdout=r.out, stderr=r.err)
     assert r.returncode == 1, (r.returncode, r.stdout, r.stderr)
     assert 'Traceback' not in r.stderr and text in r.stderr, r.stderr
     assert len(r.stderr.strip().splitlines()) == 1 and r.stderr.lstrip().startswith('Error: ')   # one sentence, one line
 
 @pytest.fixture(scope='module')
-def compared(world): return ok(hiermetric(world, 'compare', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--seeds', 2, *SMALL))
+def compared(world): return ok(command(world, 'compare', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--seeds', 2, *SMALL))
 
 def test_compare_prints_the_table_and_writes_the_report(world, compared):
     assert 'arcface' in compared and 'LogisticRegression' in compared and 'runs/zoo/report.html' in compared.replace('\n', '')
@@ -48,40 +61,41 @@ def test_compare_prints_the_table_and_writes_the_report(world, compared):
 
 def test_compare_again_is_the_same(world, compared):
     before = (world/'runs'/'zoo'/'runs.csv').read_text()
-    ok(hiermetric(world, 'compare', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--seeds', 2, *SMALL))
+    ok(inside(world, 'compare', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--seeds', 2, *SMALL))
     assert (world/'runs'/'zoo'/'runs.csv').read_text() == before
 
 def test_options_of_compare(world, compared, tmp_path):
-    ok(hiermetric(world, 'compare', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--heads', 'classifier, cosface', '--seeds', 1, '--rules', 'crm', '--no-yardstick', '--tune', 2, '--out', tmp_path/'x', *SMALL))
+    ok(inside(world, 'compare', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--heads', 'classifier, cosface', '--seeds', 1, '--rules', 'crm', '--no-yardstick', '--tune', 2, '--out', tmp_path/'x', *SMALL))
     runs = pd.read_csv(tmp_path/'x'/'runs.csv')
     assert set(runs['head']) == {'classifier', 'cosface'} and set(runs['rule']) == {'crm'}
     assert pd.read_csv(tmp_path/'x'/'tuning.csv').groupby('head').size().tolist() == [2, 2]
 
 def test_features_train_evaluate(world, tmp_path):
     data = ['--data', 'zoo', '--taxonomy', 'zoo.csv', '--size', 32]
-    said = ok(hiermetric(world, 'features', *data, '--out', tmp_path/'f'))
+    said = ok(inside(world, 'features', *data, '--out', tmp_path/'f'))
     assert '60 images' in said and '1280 features each' in said and (tmp_path/'f').is_dir()
-    assert 'Run: ' in ok(hiermetric(world, 'train', *data, '--head', 'arcface', '--epochs', 2, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run'))
+    assert 'Run: ' in ok(inside(world, 'train', *data, '--head', 'arcface', '--epochs', 2, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run'))
     assert (tmp_path/'run'/'model'/'model.safetensors').exists() and len(pd.read_csv(tmp_path/'run'/'history.csv')) == 2
-    assert 'hd@1' in ok(hiermetric(world, 'evaluate', tmp_path/'run', *data, '--rules', 'argmax,crm', '--out', tmp_path/'e.csv')).lower()
+    assert 'hd@1' in ok(inside(world, 'evaluate', tmp_path/'run', *data, '--rules', 'argmax,crm', '--out', tmp_path/'e.csv')).lower()
     assert pd.read_csv(tmp_path/'e.csv', index_col=0).loc['crm', 'top1'] >= 0
-    refused(hiermetric(world, 'train', *data, '--head', 'arcface', '--epochs', 3, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run'), 'holds a run with other settings: epochs 2, now 3. Choose another folder, or start over')
-    ok(hiermetric(world, 'train', *data, '--head', 'arcface', '--epochs', 3, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run', '--fresh'))
+    refused(inside(world, 'train', *data, '--head', 'arcface', '--epochs', 3, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run'), 'holds a run with other settings: epochs 2, now 3. Choose another folder, or start over')
+    ok(inside(world, 'train', *data, '--head', 'arcface', '--epochs', 3, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run', '--fresh'))
 
 def test_taxonomy_show(world):
-    said = ok(hiermetric(world, 'taxonomy', 'show', 'zoo.csv'))
+    said = ok(inside(world, 'taxonomy', 'show', 'zoo.csv'))
     assert '5 leaves, 10 nodes, height 3' in said and 'walker' in said and 'crow' in said
-    assert 'crow' not in ok(hiermetric(world, 'taxonomy', 'show', 'zoo.csv', '--depth', 1))
+    assert 'crow' not in ok(inside(world, 'taxonomy', 'show', 'zoo.csv', '--depth', 1))
 
 def test_version_help_and_usage(world):
     from hiermetric import __version__
-    assert ok(hiermetric(world, '--version')) == f'hiermetric {__version__}\n'
+    assert ok(command(world, '--version')) == f'hiermetric {__version__}\n'
     for words in ([], ['compare'], ['features'], ['train'], ['evaluate'], ['taxonomy'], ['taxonomy', 'show']):
-        said = ok(hiermetric(world, *words, '--help'))
+        said = ok(inside(world, *words, '--help'))
         assert 'Usage: hiermetric' in said and (words in ([], ['taxonomy']) or 'Example' in said)
     for wrong in (['compare', '--seeds', '0'], ['compare', '--seeds', 'five'], ['compare', '--sedes', '5'], ['evaluate'], ['compair']):
-        assert hiermetric(world, *wrong).returncode == 2
-    assert 'compare' in hiermetric(world, 'compair').stderr
+        assert inside(world, *wrong).code == 2
+    r = command(world, 'compair')
+    assert r.code == 2 and 'compare' in r.err
 
 def test_help_needs_no_torch(world):
     code = 'import sys\nfrom hiermetric.cli import app\ntry: app(["compare", "--help"])\nexcept SystemExit: pass\nassert not {"torch", "pandas", "timm"} & set(sys.modules)'
@@ -97,25 +111,25 @@ def zoo(world, tmp_path, classes=CLASSES, csv=CLASSES, n=8):
     return ['--data', tmp_path/'zoo', '--taxonomy', tmp_path/'zoo.csv', '--size', 32]
 
 def test_wrong_path(world):
-    refused(hiermetric(world, 'features', '--data', 'zooo', '--taxonomy', 'zoo.csv'), "'zooo' is neither a data set (")
-    refused(hiermetric(world, 'features', '--data', 'zoo', '--taxonomy', 'zoos.csv'), 'There is no taxonomy file zoos.csv')
-    refused(hiermetric(world, 'features', '--data', 'plankton-set'), "Did you mean 'planktonset'")
-    refused(hiermetric(world, 'evaluate', 'nowhere', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--size', 32), 'There is no finished run in nowhere')
+    refused(command(world, 'features', '--data', 'zooo', '--taxonomy', 'zoo.csv'), "'zooo' is neither a data set (")
+    refused(inside(world, 'features', '--data', 'zoo', '--taxonomy', 'zoos.csv'), 'There is no taxonomy file zoos.csv')
+    refused(inside(world, 'features', '--data', 'plankton-set'), "Did you mean 'planktonset'")
+    refused(inside(world, 'evaluate', 'nowhere', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--size', 32), 'There is no finished run in nowhere')
 
 def test_class_outside_the_tree(world, tmp_path):
     args = zoo(world, tmp_path, classes=[*CLASSES, 'doves'])
-    refused(hiermetric(world, 'features', *args), "Class 'doves' is not in the taxonomy")
+    refused(inside(world, 'features', *args), "Class 'doves' is not in the taxonomy")
 
 def test_empty_folder(world, tmp_path):
     (tmp_path/'empty').mkdir()
-    refused(hiermetric(world, 'features', '--data', tmp_path/'empty', '--taxonomy', 'zoo.csv'), f'There is no image in {tmp_path}/empty')
+    refused(inside(world, 'features', '--data', tmp_path/'empty', '--taxonomy', 'zoo.csv'), f'There is no image in {tmp_path}/empty')
 
 def test_unreadable_image(world, tmp_path):
     args = zoo(world, tmp_path)
     for name, content in (('torn.png', (tmp_path/'zoo'/'ant'/'ant0.png').read_bytes()[:60]), ('words.jpg', b'not an image')): (tmp_path/'zoo'/'ant'/name).write_bytes(content)
-    refused(hiermetric(world, 'features', *args), 'Cannot read the image')
-    r = hiermetric(world, 'features', *args, '--skip-bad')
-    assert '40 images' in ok(r) and 'torn.png' in r.stdout + r.stderr and 'words.jpg' in r.stdout + r.stderr
+    refused(inside(world, 'features', *args), 'Cannot read the image')
+    r = inside(world, 'features', *args, '--skip-bad')
+    assert '40 images' in ok(r) and 'torn.png' in r.out + r.err and 'words.jpg' in r.out + r.err
 
 @pytest.mark.parametrize('csv,text', [
     ('', "has no column 'lineage'; it has none."),
@@ -124,12 +138,12 @@ def test_unreadable_image(world, tmp_path):
 ])
 def test_broken_taxonomy_file(world, tmp_path, csv, text):
     (tmp_path/'bad.csv').write_text(csv)
-    refused(hiermetric(world, 'taxonomy', 'show', tmp_path/'bad.csv'), text)
+    refused(inside(world, 'taxonomy', 'show', tmp_path/'bad.csv'), text)
 
 def test_what_was_mended_is_a_note_and_not_an_error(world, tmp_path):
     (tmp_path/'twice.csv').write_text('class,lineage\nant,insect/ant\nbee,insect\n')
-    r = hiermetric(world, 'taxonomy', 'show', tmp_path/'twice.csv')
-    assert '2 leaves' in ok(r) and r.stderr.startswith('Note: ') and 'ant' in r.stderr and 'taxonomy.py' not in r.stderr
+    r = inside(world, 'taxonomy', 'show', tmp_path/'twice.csv')
+    assert '2 leaves' in ok(r) and r.err.startswith('Note: ') and 'ant' in r.err and 'taxonomy.py' not in r.err
 
 @pytest.mark.parametrize('edges,text', [
     ([('a', 'b'), ('b', 'c'), ('c', 'a')], 'cycle'),
@@ -142,28 +156,28 @@ def test_edges_that_are_no_tree(edges, text):
 
 def test_misspelt_names(world):
     data = ['--data', 'zoo', '--taxonomy', 'zoo.csv', '--size', 32]
-    refused(hiermetric(world, 'compare', *data, '--heads', 'arcfase'), "There is no head 'arcfase'")
-    refused(hiermetric(world, 'compare', *data, '--rules', 'cmr'), "Did you mean 'crm'?")
-    refused(hiermetric(world, 'features', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--backbone', 'resnet19'), "There is no backbone 'resnet19'")
-    refused(hiermetric(world, 'train', *data, '--device', 'tpu'), "This machine has no device 'tpu'")
+    refused(inside(world, 'compare', *data, '--heads', 'arcfase'), "There is no head 'arcfase'")
+    refused(inside(world, 'compare', *data, '--rules', 'cmr'), "Did you mean 'crm'?")
+    refused(inside(world, 'features', '--data', 'zoo', '--taxonomy', 'zoo.csv', '--backbone', 'resnet19'), "There is no backbone 'resnet19'")
+    refused(inside(world, 'train', *data, '--device', 'tpu'), "This machine has no device 'tpu'")
 
 def test_too_few_images(world, tmp_path):
     args = zoo(world, tmp_path, n=1)
-    refused(hiermetric(world, 'compare', *args), "There are no features in the split 'val'")
+    refused(inside(world, 'compare', *args), "There are no features in the split 'val'")
 
 def test_model_of_another_taxonomy(world, tmp_path):
     data = ['--data', 'zoo', '--taxonomy', 'zoo.csv', '--size', 32]
-    ok(hiermetric(world, 'train', *data, '--epochs', 1, '--device', 'cpu', '--out', tmp_path/'run'))
+    ok(inside(world, 'train', *data, '--epochs', 1, '--device', 'cpu', '--out', tmp_path/'run'))
     (tmp_path/'flat.csv').write_text('class,lineage\n' + ''.join(f'{c},{l.split("/")[0]}\n' for c, l in CLASSES.items()))
     other = ['--data', 'zoo', '--taxonomy', tmp_path/'flat.csv', '--size', 32]
-    r = hiermetric(world, 'evaluate', tmp_path/'run', *other)
+    r = inside(world, 'evaluate', tmp_path/'run', *other)
     refused(r, 'belongs to the taxonomy')
-    assert len(set(re.findall(r'\b[0-9a-f]{16}\b', r.stderr))) == 2   # both trees are named
-    refused(hiermetric(world, 'train', *other, '--epochs', 1, '--device', 'cpu', '--out', tmp_path/'run'), 'belongs to other taxonomy')
+    assert len(set(re.findall(r'\b[0-9a-f]{16}\b', r.err))) == 2   # both trees are named
+    refused(inside(world, 'train', *other, '--epochs', 1, '--device', 'cpu', '--out', tmp_path/'run'), 'belongs to other taxonomy')
 
 def test_debug_shows_the_traceback(world):
-    r = hiermetric(world, '--debug', 'features', '--data', 'zooo')
-    assert r.returncode == 1 and 'Traceback' in r.stderr and 'HiermetricError' in r.stderr
+    r = command(world, '--debug', 'features', '--data', 'zooo')
+    assert r.code == 1 and 'Traceback' in r.err and 'HiermetricError' in r.err
 
 def test_a_bug_of_ours_keeps_its_traceback(world):
     code = 'import hiermetric.cli as c\ndef broken(*a): raise ZeroDivisionError("ours")\nc._read_tree = broken\nc.app(["taxonomy", "show", "x.csv"])'

@@ -1,5 +1,5 @@
 "Features: engines agree, killed runs resume to the same bytes, nothing stale is used, unreadable files are named."
-import importlib.util, os, signal, subprocess, sys, time
+import importlib.util, json, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -14,6 +14,14 @@ KW = dict(engine='eager', batch_size=4, block=8, progress=False)
 def backbone(): return toy_backbone()
 
 def cosine(a, b): return np.min((a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1))
+
+@pytest.mark.skipif(importlib.util.find_spec('openvino') is None, reason='openvino is not installed')
+def test_openvino_keeps_float32_on_processors_with_bfloat16_units():
+    "With its defaults the cosine falls to 0.99 there"
+    b = create_backbone(size=64)
+    x = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    got = np.concatenate(list(_engines['openvino'](b)(iter(x.split(4)))))
+    assert cosine(got, b(b.transform.normalize(x)).numpy()) > 0.99999
 
 @pytest.mark.parametrize('engine', ['folded', 'compiled', pytest.param('openvino', marks=pytest.mark.skipif(importlib.util.find_spec('openvino') is None, reason='openvino is not installed'))])
 def test_engines_agree_with_the_plain_network(engine, backbone):
@@ -46,7 +54,7 @@ hf.extract(toy_table({str(tmp_path/'img')!r}, 96), toy_backbone(), cache={str(tm
     deadline = time.time() + 100
     while not list((tmp_path/'cut').glob('*/progress.json')) and time.time() < deadline and child.poll() is None: time.sleep(.02)
     child.send_signal(signal.SIGKILL); child.wait()
-    record = __import__('json').loads(next((tmp_path/'cut').glob('*/progress.json')).read_text())
+    record = json.loads(next((tmp_path/'cut').glob('*/progress.json')).read_text())
     assert 0 < record['done'] < 96
     again = extract(table, backbone, cache=tmp_path/'cut', **KW)
     assert Path(again.meta['folder'], 'x.npy').read_bytes() == Path(whole.meta['folder'], 'x.npy').read_bytes()
@@ -121,3 +129,62 @@ def test_errors_name_culprit_and_remedy(tmp_path, backbone):
     with pytest.raises(HiermetricError, match='made for 32 px, not 64'): extract(table, backbone, size=64, cache=tmp_path, **KW)
     table.samples = table.samples.iloc[:0]
     with pytest.raises(HiermetricError, match="'toy' has no images"): extract(table, backbone, cache=tmp_path, **KW)
+    with pytest.raises(HiermetricError, match='There is no engine'): extract(toy_table(tmp_path/'img', 8), backbone, cache=tmp_path, engine='fast', progress=False)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_cuda_without_a_gpu_says_so(tmp_path, backbone):
+    with pytest.raises(HiermetricError, match="needs an NVIDIA GPU.*engine='auto'"): extract(toy_table(tmp_path/'img', 8), backbone, cache=tmp_path, engine='cuda', progress=False)
+
+def test_plain_arrays_are_checked():
+    from hiermetric.taxonomy import Taxonomy
+    tax, x = Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'}), np.eye(3, dtype=np.float16)
+    good = Features(x, [2, 3, 1], ['train', 'val', 'test'], tax)
+    assert [len(good.of(s)[0]) for s in ('train', 'val', 'test', 'unseen')] == [1, 1, 1, 0]
+    for bad in (np.nan, np.inf):
+        y = x.copy(); y[1, 2] = bad
+        with pytest.raises(HiermetricError, match=r'Row 1 has NaN or infinite features \(1 of 3 rows have\)'): Features(y, [2, 3, 1], ['train']*3, tax)
+    for kw, says in [(dict(x=x[0]), r'are \(images, features\), not \(3,\)'), (dict(targets=[0, 1]), '3 rows of features and 2 targets'), (dict(split=['train']), '3 rows of features and 1 split'), (dict(paths=['a']), '3 rows of features and 1 paths'),
+                     (dict(targets=[0, 1, 4]), r'Row 2 has the label 4, which is outside the tree of 4 nodes \(0 to 3\)'), (dict(targets=[-1, 0, 0]), 'Row 0 has the label -1'), (dict(split=['train', 'tset', 'val']), "no split 'tset'.*Did you mean 'test'")]:
+        with pytest.raises(HiermetricError, match=says): Features(**({'x': x, 'targets': [2, 3, 1], 'split': ['train']*3, 'taxonomy': tax} | kw))
+    with pytest.raises(HiermetricError, match="no split 'valid'.*Did you mean 'val'"): good.of('valid')
+
+def test_files_of_another_tree_are_refused(tmp_path):
+    from hiermetric.taxonomy import Taxonomy
+    tax = Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'})
+    folder = Features(np.eye(3), [2, 3, 1], ['train']*3, tax).save(tmp_path/'f')
+    Taxonomy.from_paths({'a': '', 'b': ''}).save(folder/'taxonomy.npz')
+    with pytest.raises(HiermetricError, match='outside the tree of 3 nodes'): Features.load(folder)
+
+def test_nothing_readable_is_an_error_even_when_skipping(tmp_path, backbone):
+    table = toy_table(tmp_path/'img', 4)
+    for p in table.samples.path: Path(p).write_text('no picture')
+    with pytest.raises(HiermetricError, match='4 of the 4 images'): extract(table, backbone, cache=tmp_path/'c', skip_bad=True, **KW)
+
+def test_a_second_call_with_skipped_files_builds_no_network(tmp_path, backbone, monkeypatch):
+    table = toy_table(tmp_path/'img', 8); Path(table.samples.path[1]).write_bytes(b'')
+    first = extract(table, backbone, cache=tmp_path/'c', skip_bad=True, **KW)
+    monkeypatch.setattr('hiermetric.features._eager', lambda b: pytest.fail('a network was built'))
+    assert extract(table, backbone, cache=tmp_path/'c', skip_bad=True, **KW).fingerprint == first.fingerprint
+
+def test_a_file_that_can_be_read_again_is_taken_up(tmp_path, backbone):
+    "Same name, same size, so the same key: a disk that came back"
+    table = toy_table(tmp_path/'img', 12); p = Path(table.samples.path[5]); good = p.read_bytes()
+    want = extract(table, backbone, cache=tmp_path/'whole', **KW)
+    p.write_bytes(b'\0'*len(good))
+    assert len(extract(table, backbone, cache=tmp_path/'c', skip_bad=True, **KW)) == 11
+    p.write_bytes(good)
+    assert extract(table, backbone, cache=tmp_path/'c', **KW).fingerprint == want.fingerprint
+
+def test_a_network_trained_further_is_another_one(tmp_path):
+    table, b = toy_table(tmp_path/'img', 4), toy_backbone()
+    first = extract(table, b, cache=tmp_path/'c', **KW)
+    with torch.no_grad(): next(b.model.parameters()).add_(.1)
+    assert extract(table, b, cache=tmp_path/'c', **KW).meta['key'] != first.meta['key']
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, backbone, monkeypatch):
+    monkeypatch.setattr('shutil.disk_usage', lambda p: type('U', (), {'free': 100}))
+    with pytest.raises(HiermetricError, match='make room, or name another folder'): extract(toy_table(tmp_path/'img', 4), backbone, cache=tmp_path/'c', **KW)
+
+def test_progress_is_quiet_where_there_is_no_terminal(tmp_path, backbone, capfd):
+    extract(toy_table(tmp_path/'img', 4), backbone, cache=tmp_path/'c', **(KW | {'progress': True}))
+    assert capfd.readouterr().out.strip() == ''
