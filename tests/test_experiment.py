@@ -222,7 +222,6 @@ def test_imagenet_is_confessed(report, tmp_path):
     (dict(rules=['cmr']), "Did you mean 'crm'"), (dict(heads=['arcface', 'arcface']), "Two competitors are called 'arcface'"), (dict(epoch=3), "no setting 'epoch'.*Did you mean 'epochs'"),
     (dict(heads=[('mine', 'arcface', dict(margin=1))]), "has no setting 'margin'")])
 def test_mistakes_are_told_before_anything_is_trained(call, text, monkeypatch):
-    import hiermetric.experiment as ex
     from hiermetric.training import Trainer
     monkeypatch.setattr(Trainer, 'train_epoch', lambda self: pytest.fail('trained'))
     with pytest.raises(HiermetricError, match=text): compare(TOY, **call)

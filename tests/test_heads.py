@@ -3,7 +3,7 @@ import json, math, subprocess, sys
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from hiermetric.core import HiermetricError
-from hiermetric.heads import (EMBEDDINGS, INITS, Classifier, EmbeddingNet, Head, HEADS, LeafHead, Model, check_embeddings, check_targets, create_head,
+from hiermetric.heads import (EMBEDDINGS, INITS, Classifier, EmbeddingNet, Head, HEADS, LeafHead, Model, create_head,
     inverse_frequency, list_heads, prototypes, register_head, subtree_nll)
 from hiermetric.taxonomy import Taxonomy
 

@@ -1,5 +1,5 @@
 "Training: determinism, crash and resume, what is refused, internal labels. On clusters in feature space, so no data are needed."
-import json, os, signal, subprocess, sys, textwrap, time
+import json, os, signal, subprocess, sys, textwrap
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from hiermetric.core import HiermetricError
