@@ -25,7 +25,7 @@ def test_learns(straight):
     assert straight.history.loss.iloc[-1] < straight.history.loss.iloc[0]
 
 def test_same_seed_same_weights_other_seed_others(straight):
-    torch.manual_seed(99); np.random.seed(99)   # the world outside must not matter …
+    torch.manual_seed(99); np.random.seed(99)   # the world outside must not matter …  # noqa: NPY002
     before = torch.get_rng_state()
     again = fit(TOY, 'arcface', **QUICK)
     assert torch.equal(before, torch.get_rng_state())   # … and must not notice
