@@ -23,6 +23,7 @@ class _Group(TyperGroup):
     "Commands whose user mistakes end in one sentence on stderr and exit code 1"
     def invoke(self, ctx:typer.Context)->Any:
         with warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)   # for developers
             said = set()
             def note(message, *_, **__):
                 if str(message) not in said: _say(f'Note: {message}', 'yellow')

@@ -42,7 +42,7 @@ class Features:
         for name in ('targets', 'split', 'paths'):
             o = getattr(self, name)
             if o is not None and len(o) != len(self.x): raise HiermetricError(f"There are {len(self.x)} rows of features and {len(o)} {name}; they must be as many.")
-        if (bad := sorted(set(np.unique(self.split)) - set(SPLITS))): raise HiermetricError(f"There is no split {bad[0]!r}; there are {', '.join(SPLITS)}.{did_you_mean(bad[0], SPLITS)}")
+        if (bad := sorted(set(self.split.tolist()) - set(SPLITS))): raise HiermetricError(f"There is no split {bad[0]!r}; there are {', '.join(SPLITS)}.{did_you_mean(bad[0], SPLITS)}")
         if not isinstance(self.x, np.memmap) and (bad := np.flatnonzero(~np.isfinite(self.x).all(1))).size: raise HiermetricError(f"{self.describe(bad[0])} has NaN or infinite features ({bad.size} of {len(self.x)} rows have); leave such rows out.")
         N = len(self.taxonomy)
         if (bad := np.flatnonzero((self.targets < 0) | (self.targets >= N))).size: raise HiermetricError(f"{self.describe(bad[0])} has the label {self.targets[bad[0]]}, which is outside the tree of {N} nodes (0 to {N-1}). Do features and taxonomy belong together?")

@@ -1,5 +1,5 @@
 "Features: engines agree, killed runs resume to the same bytes, nothing stale is used, unreadable files are named."
-import importlib.util, json, signal, subprocess, sys, time
+import importlib.util, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -8,7 +8,15 @@ from hiermetric.core import HiermetricError
 from hiermetric.features import Features, _engines, _fold, _network, choose_engine, extract
 from toys import toy_backbone, toy_table
 
+ONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
 KW = dict(engine='eager', batch_size=4, block=8, progress=False)
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "Small networks gain nothing from more, and on a busy machine threads that wait for each other cost minutes"
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 @pytest.fixture(scope='module')
 def backbone(): return toy_backbone()
@@ -50,7 +58,7 @@ def decode(*a): time.sleep(.05); return slow(*a)
 hf._decode = decode
 hf.extract(toy_table({str(tmp_path/'img')!r}, 96), toy_backbone(), cache={str(tmp_path/'cut')!r}, engine='eager', batch_size=4, block=8, progress=False, workers=1)
 """
-    child = subprocess.Popen([sys.executable, '-c', code])
+    child = subprocess.Popen([sys.executable, '-c', code], env=ONE)
     deadline = time.time() + 100
     while not list((tmp_path/'cut').glob('*/progress.json')) and time.time() < deadline and child.poll() is None: time.sleep(.02)
     child.send_signal(signal.SIGKILL); child.wait()
@@ -68,7 +76,7 @@ from hiermetric.features import extract
 from toys import toy_backbone, toy_table
 print(extract(toy_table({str(tmp_path/'other')!r}, 48), toy_backbone(), cache={str(tmp_path/'cache')!r}, engine='eager', batch_size=4, block=8, progress=False).fingerprint)
 """
-    two = [subprocess.Popen([sys.executable, '-c', code.replace('/other', f'/other{i}')], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    two = [subprocess.Popen([sys.executable, '-c', code.replace('/other', f'/other{i}')], stdout=subprocess.PIPE, text=True, env=ONE) for i in range(2)]
     prints = {p.communicate()[0].strip() for p in two}
     assert [p.returncode for p in two] == [0, 0] and prints == {extract(table, backbone, cache=tmp_path/'cache', **KW).fingerprint}
     assert len(list((tmp_path/'cache').glob('*/x.npy'))) == 1
