@@ -52,6 +52,7 @@ def check_targets(
 class Head(nn.Module):
     "What every head is. A subclass sets `weight` (its prototypes) and defines `forward`, `loss` and `node_probs`; it keeps each constructor argument as an attribute of the same name"
     weight: nn.Parameter # (rows, D) prototypes
+    epoch: float = 0. # how long training has gone on, in epochs; a trainer sets it, heads with a schedule read it
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes

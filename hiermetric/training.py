@@ -122,6 +122,7 @@ def train_epoch(self:Trainer)->float: # mean training loss
         for i, rows in enumerate(order.split(self.batch)):
             factor = warmup_cosine(self.epoch*self.steps + i, all_steps, round(cfg['warmup']*all_steps))
             for g in self.opt.param_groups: g['lr'] = cfg['lr'] * factor
+            self.model.head.epoch = self.epoch + i/self.steps
             with self.acc.autocast(): loss = self.model.loss(x[rows], targets[rows])
             self.acc.backward(loss)
             self.opt.step(); self.opt.zero_grad()
