@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #cec5167d
 from __future__ import annotations
-import difflib, hashlib, os, shutil, tarfile, tempfile, urllib.error, urllib.request, zipfile
+import difflib, hashlib, http.client, os, shutil, tarfile, tempfile, urllib.error, urllib.request, zipfile
 from contextlib import contextmanager
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
@@ -90,8 +90,8 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     advice = f"Fetch it yourself and put it at {path}."
-    try: _transfer(url, part, progress, timeout)
-    except (urllib.error.URLError, OSError) as e: raise HiermetricError(f"Could not download {url} ({e}). {advice}") from e
+    try: _persist(url, part, progress, timeout)
+    except (OSError, http.client.HTTPException) as e: raise HiermetricError(f"Could not download {url} ({e}). {advice}") from e
     if checksum:
         algo, want = checksum.split(':')
         if (got := _digest(part, algo)) != want:
@@ -117,8 +117,19 @@ def _transfer(url:str, part:Path, progress:bool, timeout:float)->None:
         with Progress('{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), disable=not progress, transient=True) as bar:
             task = bar.add_task(part.name.removesuffix('.part'), total=total, completed=have)
             with part.open('ab' if have else 'wb') as f:
-                while chunk := r.read(1<<20): f.write(chunk); bar.advance(task, len(chunk))
+                try:
+                    while chunk := r.read(1<<20): f.write(chunk); bar.advance(task, len(chunk))
+                except http.client.IncompleteRead as e: f.write(e.partial); raise
         if total is not None and part.stat().st_size < total: raise OSError(f'the connection ended after {part.stat().st_size} of {total} bytes; run again to resume')
+
+def _persist(url:str, part:Path, progress:bool, timeout:float)->None:
+    "`_transfer`, again after a cut, as long as `part` grows"
+    size = lambda: part.stat().st_size if part.exists() else 0
+    while True:
+        before = size()
+        try: return _transfer(url, part, progress, timeout)
+        except (OSError, http.client.HTTPException):
+            if size() <= before: raise
 
 # %% ../nbs/00_core.ipynb #7e8335bf
 def _inside(name:str, root:Path)->bool: return (root/name).resolve().is_relative_to(root.resolve())
