@@ -8,12 +8,7 @@ from hiermetric import backbones as hb
 from hiermetric.backbones import Transform, create_backbone, list_backbones, load_weights, read_image
 from hiermetric.core import HiermetricError
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Small networks gain nothing from more, and on a busy machine threads that wait for each other cost minutes"
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def picture(h=60, w=90):
     "Smooth colours, so that JPEG keeps them nearly"

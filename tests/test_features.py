@@ -11,12 +11,7 @@ from toys import toy_backbone, toy_table
 ONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
 KW = dict(engine='eager', batch_size=4, block=8, progress=False)
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Small networks gain nothing from more, and on a busy machine threads that wait for each other cost minutes"
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def backbone(): return toy_backbone()
