@@ -61,13 +61,17 @@ _Backbone = Annotated[str, typer.Option('--backbone', help="efficientnet_lite0, 
 _Size = Annotated[int | None, typer.Option('--size', min=16, help="Side of the square the images are brought to, in pixels; the backbone's own by default.")]
 _Skip = Annotated[bool, typer.Option('--skip-bad', help="List unreadable images and go on without them.")]
 _Out = Annotated[Path | None, typer.Option('--out', '-o', help="Folder for what comes out; runs/DATA by default.")]
+_Held = Annotated[str | None, typer.Option('--held-out', help="Classes that are never trained on: how many, or names with commas between them. They keep their place in the tree; their images are the split unseen.")]
 _Device = Annotated[str | None, typer.Option('--device', help="cpu, cuda or mps; the best there is by default.")]
 
-def _features(data:str, taxonomy:str|None, backbone:str, size:int|None, skip_bad:bool)->Features:
+def _names(text:str)->list[str]: return [o.strip() for o in text.split(',') if o.strip()]
+
+def _features(data:str, taxonomy:str|None, held_out:str|None, backbone:str, size:int|None, skip_bad:bool)->Features:
     "Images by name or folder, their tree, their features; the last from the cache where they are"
     from hiermetric.datasets import load_dataset
     from hiermetric.features import extract
-    f = extract(load_dataset(data, taxonomy=taxonomy), backbone, size=size, skip_bad=skip_bad, progress=True)
+    held = int(held_out) if (held_out or '').strip().isdecimal() else _names(held_out or '')
+    f = extract(load_dataset(data, taxonomy=taxonomy, held_out=held), backbone, size=size, skip_bad=skip_bad, progress=True)
     if skipped := f.meta['skipped']: _say('\n'.join([f'Note: {len(skipped)} unreadable images were left out.', *skipped]), 'yellow')
     return f
 
@@ -97,6 +101,7 @@ def _print_table(table:pd.DataFrame, title:str, caption:str|None=None)->None:
 def compare(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
+    held_out:_Held=None,
     heads:Annotated[str, typer.Option(help="Names with commas between them; the first is the baseline.")]='classifier,arcface',
     seeds:Annotated[int, typer.Option(min=1, help="Runs a head.")]=5,
     rules:Annotated[str, typer.Option(help="Decision rules, with commas between them.")]='argmax,crm,hie',
@@ -115,10 +120,9 @@ def compare(
 
     [cyan]hiermetric compare --data planktonset --heads classifier,arcface,subcenter --seeds 5[/]
     """
-    features, where = _features(data, taxonomy, backbone, size, skip_bad), _folder(out, data)
+    features, where = _features(data, taxonomy, held_out, backbone, size, skip_bad), _folder(out, data)
     from hiermetric.experiment import compare
-    names = lambda text: [o.strip() for o in text.split(',') if o.strip()]
-    report = compare(features, names(heads), seeds, names(rules), yardstick=yardstick, tune=tune, out=where, progress=True, device=device, **({'epochs': epochs} if epochs else {}))
+    report = compare(features, _names(heads), seeds, _names(rules), yardstick=yardstick, tune=tune, out=where, progress=True, device=device, **({'epochs': epochs} if epochs else {}))
     first = ['top-1 %', 'macro %', 'HD@1', 'severity', 'hF1 %', 'NLL']
     _print_table(report.table[first + [o for o in report.table if o not in first]], report.info['data set'], f"± half the 95 % interval over seeds; ▲ better, ▼ worse than {report.runs['head'].iloc[0]} under the same rule")
     Console().print(Text(f'{report.verdict()}\nReport: {where/"report.html"}'), soft_wrap=True)
@@ -128,6 +132,7 @@ def compare(
 def features(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
+    held_out:_Held=None,
     backbone:_Backbone='efficientnet_lite0',
     size:_Size=None,
     skip_bad:_Skip=False,
@@ -139,7 +144,7 @@ def features(
 
     [cyan]hiermetric features --data tiny-imagenet --backbone timm:resnet18.a1_in1k[/]
     """
-    f = _features(data, taxonomy, backbone, size, skip_bad)
+    f = _features(data, taxonomy, held_out, backbone, size, skip_bad)
     if out is not None: f.save(out)
     from collections import Counter
     counts = ', '.join(f'{n:,} {s}' for s, n in Counter(f.split).items())
@@ -150,6 +155,7 @@ def features(
 def train(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
+    held_out:_Held=None,
     head:Annotated[str, typer.Option(help="A name of list_heads().")]='arcface',
     seed:Annotated[int, typer.Option(help="Of the weights, the order of the images, and dropout.")]=0,
     epochs:Annotated[int | None, typer.Option(min=1, help="Passes over the training images, at the most.")]=None,
@@ -167,8 +173,9 @@ def train(
     Example:
 
     [cyan]hiermetric train --data cifar-100 --head arcface --seed 1 --out runs/mine[/]
+    [cyan]hiermetric train --data cifar-100 --held-out 10 --out runs/mine[/]
     """
-    f, where = _features(data, taxonomy, backbone, size, skip_bad), _folder(out, data, f'{head}-seed{seed}')
+    f, where = _features(data, taxonomy, held_out, backbone, size, skip_bad), _folder(out, data, f'{head}-seed{seed}')
     from hiermetric.training import fit
     given = {k: v for k,v in dict(epochs=epochs, lr=lr).items() if v is not None}
     run = fit(f, head, seed=seed, out=where, resume=not fresh, device=device, log=tuple(log.split(',')), progress=True, **given)
@@ -181,7 +188,8 @@ def evaluate(
     run:Annotated[Path, typer.Argument(help="Folder that `hiermetric train` wrote.")],
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
-    split:Annotated[str, typer.Option(help="train, val or test.")]='test',
+    held_out:_Held=None,
+    split:Annotated[str, typer.Option(help="train, val, test, or unseen where classes are held out.")]='test',
     rules:Annotated[str, typer.Option(help="Decision rules, with commas between them.")]='argmax,crm,hie',
     backbone:_Backbone='efficientnet_lite0',
     size:_Size=None,
@@ -193,14 +201,15 @@ def evaluate(
     Example:
 
     [cyan]hiermetric evaluate runs/mine --data cifar-100 --rules argmax,crm[/]
+    [cyan]hiermetric evaluate runs/mine --data cifar-100 --held-out 10 --split unseen[/]
     """
-    f = _features(data, taxonomy, backbone, size, skip_bad)
+    f = _features(data, taxonomy, held_out, backbone, size, skip_bad)
     import pandas as pd
     from hiermetric.experiment import judge
     from hiermetric.training import load_run, predict, split_tensors
     model = load_run(run, f.taxonomy).model
     val, judged = ((predict(model, x), t.numpy()) for x, t in (split_tensors(f, s) for s in ('val', split)))
-    table = pd.DataFrame({rule: v.metrics for rule, v in judge(val, judged, f.taxonomy, rules.split(',')).items()}).T.rename_axis('rule')
+    table = pd.DataFrame({rule: v.metrics for rule, v in judge(val, judged, f.taxonomy, _names(rules)).items()}).T.rename_axis('rule')
     if out is not None: table.to_csv(out)
     _print_table(table.map('{:.4f}'.format), f'{run} on the split {split!r}')
 

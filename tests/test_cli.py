@@ -6,6 +6,7 @@ from PIL import Image
 from typer.testing import CliRunner
 from hiermetric.cli import app
 from hiermetric.core import HiermetricError
+from hiermetric.features import Features
 from hiermetric.taxonomy import Taxonomy
 
 CLASSES = {'ant': 'insect/walker', 'bug': 'insect/walker', 'bee': 'insect/flyer', 'crow': 'bird', 'dove': 'bird'}
@@ -81,6 +82,21 @@ def test_features_train_evaluate(world, tmp_path):
     refused(inside(world, 'train', *data, '--head', 'arcface', '--epochs', 3, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run'), 'holds a run with other settings: epochs 2, now 3. Choose another folder, or start over')
     ok(inside(world, 'train', *data, '--head', 'arcface', '--epochs', 3, '--lr', 0.01, '--device', 'cpu', '--out', tmp_path/'run', '--fresh'))
 
+def test_held_out_classes(world, tmp_path):
+    data, held = ['--data', 'zoo', '--taxonomy', 'zoo.csv', '--size', 32], ['--held-out', 'ant, dove']
+    assert '24 unseen' in ok(inside(world, 'features', *data, *held, '--out', tmp_path/'f'))
+    f = Features.load(tmp_path/'f')
+    assert {c.split('/')[-1] for c in f.taxonomy.names[f.targets[f.split == 'unseen']]} == {'ant', 'dove'} and f.taxonomy.n_leaves == 5
+    assert '12 unseen' in ok(inside(world, 'features', *data, '--held-out', 1))
+    run = [*data, *held, '--epochs', 2, '--device', 'cpu', '--out', tmp_path/'run']
+    ok(inside(world, 'train', *run))
+    ok(inside(world, 'evaluate', tmp_path/'run', *data, *held, '--split', 'unseen', '--rules', 'argmax', '--out', tmp_path/'e.csv'))
+    assert pd.read_csv(tmp_path/'e.csv').n.tolist() == [24]
+    refused(inside(world, 'train', *data, '--epochs', 2, '--device', 'cpu', '--out', tmp_path/'run'), 'belongs to other features')   # the same folder without them
+    ok(inside(world, 'compare', *data, *held, '--heads', 'classifier', '--seeds', 1, '--rules', 'argmax', '--no-yardstick', '--epochs', 2, '--device', 'cpu', '--out', tmp_path/'c'))
+    refused(inside(world, 'features', *data, '--held-out', 'ant,bea'), "Class 'bea' cannot be held out")
+    refused(inside(world, 'features', *data, '--held-out', 5), '5 classes cannot be held out of 5')
+
 def test_taxonomy_show(world):
     said = ok(inside(world, 'taxonomy', 'show', 'zoo.csv'))
     assert '5 leaves, 10 nodes, height 3' in said and 'walker' in said and 'crow' in said
@@ -92,6 +108,7 @@ def test_version_help_and_usage(world):
     for words in ([], ['compare'], ['features'], ['train'], ['evaluate'], ['taxonomy'], ['taxonomy', 'show']):
         said = ok(inside(world, *words, '--help'))
         assert 'Usage: hiermetric' in said and (words in ([], ['taxonomy']) or 'Example' in said)
+        assert ('--held-out' in said) == (words in (['compare'], ['features'], ['train'], ['evaluate']))
     for wrong in (['compare', '--seeds', '0'], ['compare', '--seeds', 'five'], ['compare', '--sedes', '5'], ['evaluate'], ['compair']):
         assert inside(world, *wrong).code == 2
     r = command(world, 'compair')
