@@ -15,8 +15,8 @@ from .taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll',
-           'inverse_frequency', 'LeafHead', 'Classifier', 'EmbeddingNet', 'list_heads', 'register_head', 'create_head',
-           'Model']
+           'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads',
+           'register_head', 'create_head', 'Model']
 
 # %% ../nbs/05_heads.ipynb #7ff37cba
 def check_embeddings(
@@ -189,6 +189,15 @@ class Classifier(LeafHead):
 
     def logits(self, emb:Tensor)->Tensor: return F.linear(emb, self.full(self.weight), self.full(self.bias))
 
+# %% ../nbs/05_heads.ipynb #5f0cab31
+def power_normalise(
+    x:Tensor, # (…) features
+    power:float=0.5, # p in (0, 1]
+    eps:float=1e-4, # keeps the slope at 0 finite
+)->Tensor: # (…)
+    "x·(|x| + ε)^(p−1): the features to a power, their sign kept [@perronnin2010improving]"
+    return x if power == 1 else x*(x.abs() + eps)**(power - 1)
+
 # %% ../nbs/05_heads.ipynb #d5d6256c
 EMBEDDINGS = ('devnet', 'mlp', 'linear', 'none')
 
@@ -200,13 +209,15 @@ class EmbeddingNet(nn.Module):
         kind:str='linear', # one of `EMBEDDINGS`
         dropout:float|None=None, # on the embedding, in training; None: 0.2 for devnet and mlp, else 0
         norm:str|None=None, # 'batch': BatchNorm after every Linear
+        power:float=1., # features are raised to it first, their sign kept; 1: left as they are
     ):
         super().__init__()
         if kind not in EMBEDDINGS: raise HiermetricError(f"There is no embedding {kind!r}; there are {', '.join(EMBEDDINGS)}.{did_you_mean(kind, EMBEDDINGS)}")
         if norm not in (None, 'batch'): raise HiermetricError(f"There is no norm {norm!r}; there are None and 'batch'.")
+        if not 0 < power <= 1: raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
         if kind == 'none': out_features = in_features
         if dropout is None: dropout = 0.2 if kind in ('devnet', 'mlp') else 0.
-        self.in_features, self.out_features, self.kind, self.dropout, self.norm = in_features, out_features, kind, dropout, norm
+        self.in_features, self.out_features, self.kind, self.dropout, self.norm, self.power = in_features, out_features, kind, dropout, norm, power
         def block(o:int, relu:bool)->list[nn.Module]: return [nn.Linear(in_features, o), *([nn.BatchNorm1d(o)] if norm else []), *([nn.ReLU()] if relu else [])]
         hidden = [] if kind in ('linear', 'none') else block(in_features, True)
         self.layers = nn.Sequential(nn.Flatten(), *hidden, *([] if kind == 'none' else block(out_features, kind == 'devnet')), nn.Dropout(dropout))
@@ -216,7 +227,7 @@ class EmbeddingNet(nn.Module):
     )->Tensor: # (B, D)
         if x[0:1].numel() != self.in_features*len(x[0:1]): raise HiermetricError(f"Features of shape {tuple(x.shape)} do not fit an embedding of {self.in_features} features.")
         if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; leave an incomplete last batch out.")
-        return self.layers(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.layers(power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power))
 
 # %% ../nbs/05_heads.ipynb #1a62681a
 HEADS = Registry('head',

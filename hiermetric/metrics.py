@@ -5,8 +5,9 @@
 # %% ../nbs/10_metrics.ipynb #30c5c2d3
 from __future__ import annotations
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import numpy as np, pandas as pd, torch
+from matplotlib.axes import Axes
 from torch import Tensor
 from torchmetrics import Metric
 from .core import HiermetricError, did_you_mean
@@ -15,9 +16,11 @@ from .taxonomy import Taxonomy
 # %% auto #0
 __all__ = ['METRICS', 'mistake_height', 'check_node_probs', 'check_targets', 'rank_leaves', 'ranked_distances', 'topk_accuracy',
            'hierarchical_distance', 'distance_floor', 'accuracy', 'exact_path', 'macro_accuracy', 'mistake_severity',
-           'hierarchical_f1', 'leaf_distribution', 'truth_probability', 'negative_log_likelihood', 'brier_score',
-           'calibration_bins', 'expected_calibration_error', 'violation_rate', 'per_sample', 'summarise', 'evaluate',
-           'TreeMetric']
+           'hierarchical_f1', 'correctness', 'information_scores', 'node_counts', 'rank_accuracy', 'leaf_distribution',
+           'truth_probability', 'negative_log_likelihood', 'brier_score', 'calibration_bins',
+           'expected_calibration_error', 'violation_rate', 'per_sample', 'summarise', 'evaluate', 'TreeMetric',
+           'operating_curve', 'average_correctness', 'recall_at', 'haurc', 'plot_operating_curve', 'risk_coverage',
+           'aurc']
 
 # %% ../nbs/10_metrics.ipynb #4eeaf3a3
 def mistake_height(
@@ -167,6 +170,62 @@ def hierarchical_f1(
     both, said, true = [o.sum() for o in sizes] if average == 'micro' else sizes
     return tuple(float(_ratio(*o).mean()) for o in [(both, said), (both, true), (2*both, said + true)])
 
+# %% ../nbs/10_metrics.ipynb #155b3ac6
+def _information(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->tuple[np.ndarray,...]: # of each answer: correct, precision, recall
+    lca, info = tax.lca(*np.broadcast_arrays(answers, targets)), tax.information
+    return (lca == answers) | (lca == targets), np.where(lca == targets, 1., _ratio(info[lca], info[answers])), _ratio(info[lca], info[targets])
+
+# %% ../nbs/10_metrics.ipynb #94141409
+def correctness(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
+    "Share of answers that do not contradict the truth: at, above or below it"
+    return float(_information(answers, targets, tax)[0].mean())
+
+def information_scores(
+    answers:np.ndarray, # (B,) node ids
+    targets:np.ndarray, # (B,) true node ids
+    tax:Taxonomy, # tree
+)->tuple[float,float]: # precision, recall
+    "What an answer says and the truth confirms, in bits: as a share of all it says, and of all there is to say; means over the images"
+    return tuple(float(o.mean()) for o in _information(answers, targets, tax)[1:])
+
+# %% ../nbs/10_metrics.ipynb #1f1a7b69
+def _below(counts:np.ndarray, tax:Taxonomy)->np.ndarray: # (…, N) sums over the subtree of every node
+    sums = np.concatenate([np.zeros_like(counts[...,:1]), counts.cumsum(-1)], -1)
+    return sums[...,tax.last+1] - sums[...,:-1]
+
+def _at(*nodes:np.ndarray, n_nodes:int)->np.ndarray: # (len(nodes), N) how often each node occurs
+    return np.stack([np.bincount(o, minlength=n_nodes) for o in nodes])
+
+# %% ../nbs/10_metrics.ipynb #71a4e96b
+def node_counts(
+    answers:np.ndarray, # (B,) node ids
+    targets:np.ndarray, # (B,) true node ids
+    tax:Taxonomy, # tree
+)->np.ndarray: # (3, N) images whose truth, whose answer, whose both lie at or below each node
+    "What per-rank and per-branch measures are made of"
+    return _below(_at(targets, answers, tax.lca(*map(np.asarray, (answers, targets))), n_nodes=len(tax)), tax)
+
+# %% ../nbs/10_metrics.ipynb #98cf8530
+def _by_rank(counts:np.ndarray, tax:Taxonomy, ranks:Sequence[str|None]|None)->pd.DataFrame:
+    "`rank_accuracy` from the counts of `node_counts`"
+    if ranks is not None and len(ranks) != len(tax): raise HiermetricError(f"There are {len(ranks)} ranks for {len(tax)} nodes; give one a node, None where it has none.")
+    t = pd.DataFrame({'rank': tax.depths if ranks is None else pd.Series(ranks, dtype=object).replace('', None), 'depth': tax.depths, 'last': tax.last, 'true': counts[0], 'both': counts[2]})[1:].dropna()
+    for name, g in t.groupby('rank'):
+        if (nested := g.index[1:][g.index[1:] <= g['last'].cummax()[:-1]]).size: raise HiermetricError(f"{tax.names[nested[0]]!r} and a node above it are both of the rank {name!r}; a path may hold a rank once.")
+    groups = t.assign(macro=(t.both/t.true.where(t.true > 0))).groupby('rank').agg(nodes=('true', 'size'), n=('true', 'sum'), both=('both', 'sum'), macro=('macro', 'mean'), depth=('depth', 'mean'))
+    groups.insert(2, 'accuracy', groups.both/groups.n.where(groups.n > 0))
+    return groups.sort_values('depth', kind='stable')[['nodes', 'n', 'accuracy', 'macro']].rename_axis('depth' if ranks is None else 'rank')
+
+# %% ../nbs/10_metrics.ipynb #0d22a9a0
+def rank_accuracy(
+    answers:np.ndarray, # (B,) node ids
+    targets:np.ndarray, # (B,) true node ids
+    tax:Taxonomy, # tree
+    ranks:Sequence[str|None]|None=None, # (N,) the rank of every node, None for a node without one; default: its depth
+)->pd.DataFrame: # a row a rank, from the top: its nodes, the images asked, their accuracy, its mean over the nodes that occur (`macro`)
+    "How often the answer agrees with the truth at every rank; the root is left out"
+    return _by_rank(node_counts(answers, targets, tax), tax, ranks)
+
 # %% ../nbs/10_metrics.ipynb #8c8b354f
 def leaf_distribution(
     node_probs:Tensor, # (B, N)
@@ -244,10 +303,12 @@ def _judge(p:Tensor, t:np.ndarray, tax:Taxonomy, nodes:np.ndarray|None, ranking:
     a = ranked[:,0].astype(np.int64) if nodes is None else nodes
     d, at1 = mistake_height(ranked, t[:,None], tax), mistake_height(a, t, tax)
     both, said, true = _overlap(a, t, tax)
+    correct, precision, recall = _information(a, t, tax)
     leaf = tax.leaf_column[t]
     only = lambda x: np.where(leaf >= 0, x, np.nan)
-    return {'target': t, 'node': a, 'top1': at1 == 0, 'exact': a == t, 'top5': (d[:,:5] == 0).any(1), 'hd@1': at1, 'hd@5': d[:,:5].mean(1), 'hd@20': d.mean(1),
+    return {'target': t, 'node': a, 'lca': tax.lca(a, t), 'top1': at1 == 0, 'exact': a == t, 'top5': (d[:,:5] == 0).any(1), 'hd@1': at1, 'hd@5': d[:,:5].mean(1), 'hd@20': d.mean(1),
             'both': both, 'said': said, 'true': true, 'macro_hp': _ratio(both, said), 'macro_hr': _ratio(both, true), 'macro_hf1': _ratio(2*both, said + true),
+            'correct': correct, 'info_precision': precision, 'info_recall': recall,
             'nll': negative_log_likelihood(q, t, tax).cpu().numpy(), 'brier': brier_score(q, t, tax).cpu().numpy(), 'confidence': only(q.amax(1).cpu().numpy()), 'hit': only(best == leaf)}
 
 # %% ../nbs/10_metrics.ipynb #2bba8945
@@ -266,10 +327,10 @@ def per_sample(
     with torch.no_grad(): tables = [_judge(p[o], t[o], tax, part(nodes, o), part(ranking, o)) for o in _rows(*p.shape)]
     table = {c: np.concatenate([o[c] for o in tables]) for c in tables[0]}
     floors = {f'hd@{k}_floor': distance_floor(t, tax, k) for k in (5, 20)}
-    return pd.DataFrame({c: v if c in ('target', 'node') else v.astype(float) for c, v in (table | floors).items()})
+    return pd.DataFrame({c: v if c in ('target', 'node', 'lca') else v.astype(float) for c, v in (table | floors).items()})
 
 # %% ../nbs/10_metrics.ipynb #93dc4074
-_MEANS = 'top1', 'top5', 'exact', 'hd@1', 'hd@5', 'hd@20', 'hd@5_floor', 'hd@20_floor', 'macro_hp', 'macro_hr', 'macro_hf1', 'nll'
+_MEANS = 'top1', 'top5', 'exact', 'hd@1', 'hd@5', 'hd@20', 'hd@5_floor', 'hd@20_floor', 'macro_hp', 'macro_hr', 'macro_hf1', 'correct', 'info_precision', 'info_recall', 'nll'
 _SUMS = *_MEANS, 'both', 'said', 'true', 'brier'
 
 def _totals(table:pd.DataFrame, n_nodes:int)->dict[str,np.ndarray]:
@@ -277,9 +338,10 @@ def _totals(table:pd.DataFrame, n_nodes:int)->dict[str,np.ndarray]:
     leaf = table[table.hit.notna()]
     sums = [*table[[*_SUMS]].sum(), (table.top1 == 0).sum(), len(table), len(leaf)]   # `sum` skips NaN
     classes = np.stack([np.bincount(table.target, w, minlength=n_nodes) for w in (None, table.top1)])
-    return {'sums': np.array(sums, float), 'classes': classes.astype(float), 'bins': calibration_bins(leaf.confidence, leaf.hit)}
+    nodes = _at(table.target, table.node, table.lca, n_nodes=n_nodes)
+    return {'sums': np.array(sums, float), 'classes': classes.astype(float), 'nodes': nodes.astype(float), 'bins': calibration_bins(leaf.confidence, leaf.hit)}
 
-def _values(sums:np.ndarray, classes:np.ndarray, bins:np.ndarray)->dict[str,float]:
+def _values(sums:np.ndarray, classes:np.ndarray, bins:np.ndarray, **_)->dict[str,float]:
     "The metrics from the sums"
     s = dict(zip((*_SUMS, 'wrong', 'n', 'n_leaf'), (float(o) for o in sums), strict=True))
     over = lambda a, b: a/b if b else math.nan
@@ -296,11 +358,12 @@ METRICS = {
     'hd@5_floor': 'hd@5 of a perfect ranker', 'hd@20_floor': 'hd@20 of a perfect ranker',
     'hp': 'hierarchical precision, micro', 'hr': 'hierarchical recall, micro', 'hf1': 'hierarchical F1, micro',
     'macro_hp': 'hierarchical precision, mean over images', 'macro_hr': 'hierarchical recall, mean over images', 'macro_hf1': 'hierarchical F1, mean over images',
+    'correct': 'share of answers that do not contradict the truth', 'info_precision': 'information precision', 'info_recall': 'information recall',
     'nll': 'negative log-likelihood, nats', 'ece': 'expected calibration error, 15 bins', 'brier': 'Brier score, 0…2', 'n': 'images', 'n_leaf': 'images labelled with a leaf'}
 
 def summarise(table:pd.DataFrame)->dict[str,float]: # keys as in `METRICS`
     "The metrics of a `per_sample` table, or of rows drawn from one"
-    return _values(**_totals(table, int(table.target.max()) + 1))
+    return _values(**_totals(table, int(table[['target', 'node']].to_numpy().max()) + 1))
 
 def evaluate(node_probs:Tensor|np.ndarray, targets:Tensor|np.ndarray, tax:Taxonomy, nodes:Tensor|np.ndarray|None=None, ranking:Tensor|np.ndarray|None=None)->dict[str,float]: # keys as in `METRICS`
     "Every metric at once; the arguments are those of `per_sample`"
@@ -318,7 +381,7 @@ class TreeMetric(Metric):
         super().__init__(**kwargs)
         if key is not None and key not in METRICS: raise HiermetricError(f"There is no metric {key!r}; there are {', '.join(METRICS)}.{did_you_mean(key, METRICS)}")
         self.tax, self.key = tax, key
-        for name, shape in dict(sums=(len(_SUMS)+3,), classes=(2, len(tax)), bins=(3, 15)).items():
+        for name, shape in dict(sums=(len(_SUMS)+3,), classes=(2, len(tax)), nodes=(3, len(tax)), bins=(3, 15)).items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx='sum')
 
     def update(self, node_probs:Tensor, targets:Tensor, nodes:Tensor|None=None, ranking:Tensor|None=None)->None:
@@ -330,3 +393,119 @@ class TreeMetric(Metric):
         "Value over all batches since `reset`"
         v = _values(*(o.cpu().numpy() for o in (self.sums, self.classes, self.bins)))
         return v if self.key is None else torch.tensor(v[self.key], device=self.sums.device)
+
+    def by_rank(self, ranks:Sequence[str|None]|None=None)->pd.DataFrame:
+        "`rank_accuracy` over all batches since `reset`"
+        return _by_rank(_below(self.nodes.cpu().numpy(), self.tax), self.tax, ranks)
+
+# %% ../nbs/10_metrics.ipynb #13124989
+def _choices(p:Tensor, tax:Taxonomy, rule:str)->tuple[Tensor,Tensor]: # (B, K) nodes without the root, the most informative first; (B, K) their probabilities
+    if rule == 'information' and len(tax) > 1:
+        under = tax.leaf_stop - tax.leaf_start
+        order = np.lexsort((np.arange(len(tax)), -tax.depths, under)); order = order[order > 0]   # an only child before its parent, else tree order
+        _, start, size = np.unique(under[order], return_index=True, return_counts=True)
+        cols = torch.as_tensor(order, device=p.device)
+        best = [o.max(1) for o in p.index_select(1, cols).split(size.tolist(), 1)]
+        return cols[torch.stack([o.indices + s for o, s in zip(best, start.tolist())], 1)], torch.stack([o.values for o in best], 1)
+    leaves, parents = (tax.tensor(o, p.device) for o in ('leaves', 'parents'))
+    nodes = [leaves[p.index_select(1, leaves).max(1).indices]]
+    for _ in range(tax.height - 1 if rule == 'climb' else 0): nodes.append(parents[nodes[-1]].clamp(min=0))
+    nodes = torch.stack(nodes, 1)
+    return nodes, p.gather(1, nodes).masked_fill(nodes == 0, 0)
+
+# %% ../nbs/10_metrics.ipynb #633d3deb
+_POINT = 'correct', 'exact', 'precision', 'recall', 'coverage', 'height'
+
+def _point(a:np.ndarray, t:np.ndarray, tax:Taxonomy)->np.ndarray: # (len(a), 6) what one answer adds to each of `_POINT`
+    correct, precision, recall = _information(a, t, tax)
+    return np.stack([correct, a == t, precision, recall, _ratio(tax.information[a], np.log2(tax.n_leaves)), np.where(correct, 0, tax.heights[tax.lca(a, t)])], 1)
+
+def _changes(p:Tensor, t:np.ndarray, tax:Taxonomy, rule:str)->tuple[np.ndarray,...]: # probability below which an image's answer changes, (…, 6) by how much; (6,) the sum at the root
+    nodes, probs = _choices(p, tax, rule)
+    reached = probs > 0
+    reached[:,1:] &= probs[:,1:] > probs.cummax(1).values[:,:-1]
+    image, k = reached.flip(1).nonzero(as_tuple=True)   # image by image, from the vague to the precise
+    node, prob = (o.flip(1)[image,k].cpu().numpy() for o in (nodes, probs.double()))
+    image = image.cpu().numpy()
+    start, here = _point(np.zeros_like(t), t, tax), _point(node, t[image], tax)
+    before = np.where(np.diff(image, prepend=-1)[:,None] > 0, start[image], np.roll(here, 1, 0))
+    return prob, here - before, start.sum(0)
+
+# %% ../nbs/10_metrics.ipynb #25df6223
+def operating_curve(
+    node_probs:Tensor|np.ndarray, # (B, N) coherent
+    targets:Tensor|np.ndarray, # (B,) true node ids, leaf or internal
+    tax:Taxonomy, # tree over the N nodes
+    rule:str='information', # what may be answered, see the table above
+)->pd.DataFrame: # a row a distinct behaviour, `threshold` falling to 0; shares of all images but for `height`
+    "All that a rule with a threshold can do: means over the answers with probability above `threshold`"
+    if rule not in ('information', 'climb', 'leaf'): raise HiermetricError(f"There is no rule {rule!r}; there are 'information', 'climb' and 'leaf'.")
+    p = check_node_probs(node_probs, tax); t = check_targets(targets, tax, len(p))
+    with torch.no_grad(): prob, change, start = zip(*(_changes(p[o], t[o], tax, rule) for o in _rows(*p.shape)))
+    prob, change, start = np.concatenate(prob), np.concatenate(change), np.sum(start, 0)
+    order = np.argsort(-prob, kind='stable'); prob = prob[order]
+    last = np.diff(prob, append=-1.) < 0   # images that change together are one row
+    points = np.concatenate([start[None], (start + change[order].cumsum(0))[last]])/len(p)
+    return pd.DataFrame(points, columns=_POINT).assign(wrong=lambda d: 1 - d.correct).assign(threshold=np.append(prob[last], 0.))[['threshold', 'correct', 'wrong', *_POINT[1:]]]
+
+# %% ../nbs/10_metrics.ipynb #031aa954
+def average_correctness(
+    curve:pd.DataFrame, # of `operating_curve`
+    y:str='correct', # 'correct' or 'precision'
+    x:str='recall', # 'recall' or 'exact'
+)->float: # 1 is perfect
+    "Area below `y` over `x`, each point counting for all smaller `x`"
+    order = np.argsort(-curve[x].to_numpy(), kind='stable')
+    reached, best = curve[x].to_numpy()[order], np.maximum.accumulate(curve[y].to_numpy()[order])
+    return float(-np.diff(reached, append=0.)@best)
+
+def recall_at(
+    curve:pd.DataFrame, # of `operating_curve`
+    correct:float=.95, # share of answers that must be correct
+    x:str='recall', # what is read there
+)->float: # 0 where only the root is correct often enough
+    "Highest recall of a threshold that keeps to `correct`"
+    return float(curve.loc[curve.correct >= correct, x].max())
+
+def haurc(
+    curve:pd.DataFrame, # of `operating_curve`
+    risk:str='wrong', # 'wrong': share of wrong answers; 'height': the same weighted by levels
+)->float: # 0 is perfect
+    "Area below risk over coverage, by trapezoids"
+    return float(np.diff(curve.coverage)@(curve[risk].to_numpy()[1:] + curve[risk].to_numpy()[:-1])/2)
+
+# %% ../nbs/10_metrics.ipynb #ebbb1339
+def plot_operating_curve(
+    curves:dict[str,pd.DataFrame], # label → curve of `operating_curve`
+    x:str='recall', # 'coverage' for a risk–coverage curve
+    y:str='correct', # 'wrong' or 'height' for a risk–coverage curve
+    ax:Axes|None=None, # drawn here; default a new figure
+)->Axes:
+    "One line a model; the dot is the threshold ½, above which all answers of an image lie on one path"
+    import matplotlib.pyplot as plt, seaborn as sns
+    if ax is None: ax = plt.subplots(figsize=(4.5, 3.8), layout='constrained')[1]
+    for color, (name, c) in zip(sns.color_palette(n_colors=len(curves)), curves.items(), strict=True):
+        few = c.iloc[np.unique(np.linspace(0, len(c)-1, 1000).astype(int))]
+        ax.plot(few[x], few[y], color=color, label=name)
+        half = c[c.threshold <= .5].head(1); ax.plot(half[x], half[y], 'o', color=color, ms=5)
+    word = {'recall': 'information recall', 'precision': 'information precision', 'coverage': 'coverage', 'correct': 'share of correct answers', 'wrong': 'risk: share of wrong answers', 'height': 'risk: levels', 'exact': 'share of exact answers'}
+    ax.set(xlabel=word[x], ylabel=word[y]); ax.legend(frameon=False); sns.despine(ax=ax)
+    return ax
+
+# %% ../nbs/10_metrics.ipynb #ca1e6423
+def risk_coverage(
+    confidence:np.ndarray, # (B,) any score; higher is surer
+    losses:np.ndarray, # (B,) what each answer costs: 0 or 1, or levels
+)->pd.DataFrame: # B rows: coverage (share of images answered), risk (their mean loss)
+    "Selective risk when only the surest images are answered"
+    c, l = (np.asarray(o, float) for o in (confidence, losses))
+    if c.ndim != 1 or c.shape != l.shape or not len(c): raise HiermetricError(f"Give one confidence and one loss an image, not shapes {c.shape} and {l.shape}.")
+    if np.isnan(c).any() or np.isnan(l).any(): raise HiermetricError(f"The confidence or loss of image {int((np.isnan(c) | np.isnan(l)).argmax())} is NaN; leave out the images that cannot be judged.")
+    _, group = np.unique(-c, return_inverse=True)
+    even = (np.bincount(group, l)/np.bincount(group))[np.sort(group)]
+    n = np.arange(1, len(c) + 1)
+    return pd.DataFrame({'coverage': n/len(c), 'risk': even.cumsum()/n})
+
+def aurc(confidence:np.ndarray, losses:np.ndarray)->float:
+    "Mean selective risk over all coverages"
+    return float(risk_coverage(confidence, losses).risk.mean())

@@ -380,11 +380,12 @@ def shares(self:HierarchicalAttention)->Tensor: # (L, H) rows sum to 1, 0 below 
     score = torch.zeros(k.shape, device=depth.device, dtype=self.weight.dtype) if self.score is None else self.full(self.score)
     return score.expand(len(depth), -1).masked_fill(k > depth, -math.inf).softmax(1)
 
-# %% ../nbs/09_paths.ipynb #22a4a3b6
+# %% ../nbs/09_paths.ipynb #2f94c1be
 @patch
 def leaf_vectors(self:HierarchicalAttention)->Tensor: # (L, D)
     "The weighted sums: of unit vectors in the cosine form, of mean weight 1 in the linear form"
     v, a = self.full(self.weight), self.shares()
+    if not self.path.numel(): return v.new_zeros(1, self.in_features)   # a lone root
     if not self.cosine: a = a*self.levels()[1]
     return F.embedding_bag(self.path, unit(v) if self.cosine else v, per_sample_weights=a.to(v.dtype), mode='sum')
 

@@ -15,9 +15,9 @@ from .heads import Head, check_targets, prototypes
 from .aam import TAILS, add_margin, unit
 
 # %% auto #0
-__all__ = ['CRITERIA', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'path_targets', 'bce', 'FocalLoss',
-           'AsymmetricLoss', 'create_criterion', 'path_sums', 'closure', 'sibling_log_softmax', 'decode', 'NodeHead',
-           'tree_prior', 'node_frequency', 'SphereMulti', 'sphere_thesis']
+__all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'path_targets', 'bce', 'FocalLoss',
+           'AsymmetricLoss', 'create_criterion', 'path_sums', 'closure', 'sibling_log_softmax', 'decode_nodes',
+           'NodeHead', 'tree_prior', 'node_frequency', 'SphereMulti', 'sphere_thesis']
 
 # %% ../nbs/07_sphere.ipynb #e6fd52f6
 def path_targets(
@@ -31,30 +31,30 @@ def path_targets(
     if targets.device.type == 'cpu' and (taxonomy.tensor('heights')[targets] == 0).all(): return positive, None
     return positive, (u <= v) | (u > last[v])
 
-# %% ../nbs/07_sphere.ipynb #a4799c6e
+# %% ../nbs/07_sphere.ipynb #aa438cd6
 def bce(
     logits:Tensor, # (…) z
     positive:Tensor, # (…) bool
 )->Tensor: # (…) nats
-    "Binary cross-entropy of every cell"
+    "Binary cross-entropy of every cell, @eq-bce"
     return F.softplus(torch.where(positive, -logits, logits))
 
-# %% ../nbs/07_sphere.ipynb #65e16887
+# %% ../nbs/07_sphere.ipynb #ee5de512
 class FocalLoss:
-    "Focal loss of every cell [@lin2017focal]"
+    "Focal loss of every cell, @eq-focal [@lin2017focal]"
     def __init__(self,
         gamma:float=2., # focusing, γ ≥ 0; 0 is binary cross-entropy
     ):
         if not 0 <= gamma < math.inf: raise HiermetricError(f"The focusing gamma must be a number from 0 up, not {gamma}; 1 to 5 is usual.")
         self.gamma = gamma
 
-    def __call__(self, logits:Tensor, positive:Tensor)->Tensor:
+    def __call__(self, logits:Tensor, positive:Tensor)->Tensor: # (…), (…) bool to (…)
         z = torch.where(positive, logits, -logits)
         return F.softplus(-z)*(-self.gamma*F.softplus(z)).exp()
 
-# %% ../nbs/07_sphere.ipynb #0a5c1f02
+# %% ../nbs/07_sphere.ipynb #343bef63
 class AsymmetricLoss:
-    "Asymmetric loss of every cell [@ridnik2021asymmetric]"
+    "Asymmetric loss of every cell, @eq-asl [@ridnik2021asymmetric]"
     def __init__(self,
         gamma_neg:float=4., # focusing of the negatives, γ− ≥ 0
         gamma_pos:float=1., # focusing of the positives, γ+ ≥ 0
@@ -63,14 +63,13 @@ class AsymmetricLoss:
         if not (0 <= gamma_neg < math.inf and 0 <= gamma_pos < math.inf and 0 <= clip < 1): raise HiermetricError(f"The asymmetric loss wants gamma_neg ≥ 0, gamma_pos ≥ 0 and 0 ≤ clip < 1; got {gamma_neg}, {gamma_pos} and {clip}.")
         self.gamma_neg, self.gamma_pos, self.clip = gamma_neg, gamma_pos, clip
 
-    def __call__(self, logits:Tensor, positive:Tensor)->Tensor:
-        z, tiny = logits, torch.finfo(logits.dtype).tiny
-        yes = F.softplus(-z)*(-self.gamma_pos*F.softplus(z)).exp()
-        shifted = (z.sigmoid() - self.clip).clamp_min(tiny)
-        cost = -(z.neg().sigmoid() + self.clip).clamp_max(1).log() if self.clip else F.softplus(z)
-        return torch.where(positive, yes, shifted**self.gamma_neg*cost)
+    def __call__(self, logits:Tensor, positive:Tensor)->Tensor: # (…), (…) bool to (…)
+        yes = F.softplus(-logits)*(-self.gamma_pos*F.softplus(logits)).exp()
+        p = (logits.sigmoid() - self.clip).clamp_min(torch.finfo(logits.dtype).tiny)   # not 0, whose power may have an infinite slope
+        cost = -(logits.neg().sigmoid() + self.clip).clamp_max(1).log() if self.clip else F.softplus(logits)
+        return torch.where(positive, yes, p**self.gamma_neg*cost)
 
-# %% ../nbs/07_sphere.ipynb #21f0a005
+# %% ../nbs/07_sphere.ipynb #b142c549
 CRITERIA = {'bce': lambda: bce, 'focal': FocalLoss, 'asymmetric': AsymmetricLoss}
 
 def create_criterion(
@@ -78,22 +77,26 @@ def create_criterion(
     **kw, # its settings
 )->Callable[[Tensor, Tensor], Tensor]: # (…) logits and (…) bool to (…) losses
     "A loss on cells by name"
-    if name not in CRITERIA: raise HiermetricError(f"There is no criterion {name!r}; there are {', '.join(CRITERIA)}.{did_you_mean(name, CRITERIA)}")
-    try: return CRITERIA[name](**kw)
+    try: return CRITERIA[_choice('criterion', name, CRITERIA)](**kw)
     except TypeError as e: raise HiermetricError(f"The criterion {name!r} does not take the settings {kw}: {e}.") from e
 
-# %% ../nbs/07_sphere.ipynb #b9ea8aad
+def _choice(what:str, value:str, known:Sequence[str])->str:
+    "`value`, if it is known"
+    if value not in known: raise HiermetricError(f"There is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}")
+    return value
+
+# %% ../nbs/07_sphere.ipynb #76aadfda
 def path_sums(
     x:Tensor, # (…, N−1) a number for every node but the root
     taxonomy:Taxonomy, # tree over the N nodes
 )->Tensor: # (…, N−1) float64
     "Sums from below the root down to each node"
     x = x.double()
-    end = taxonomy.tensor('last', x.device)[1:]   # in columns: one past the last node below
+    end = taxonomy.tensor('last', x.device)[1:]   # as a column, one past the subtree's last
     gone = x.new_zeros(*x.shape[:-1], len(taxonomy)).index_add(-1, end, x)
     return (x - gone[..., :-1]).cumsum(-1)
 
-# %% ../nbs/07_sphere.ipynb #36107e25
+# %% ../nbs/07_sphere.ipynb #88442dff
 def _max_into(x:Tensor, at:Tensor, values:Tensor)->Tensor: # (…, N), (K,), (…, K) to (…, N)
     "`x`, at some places raised to the largest of what arrives there"
     return x.scatter_reduce(-1, at.expand_as(values), values, 'amax')
@@ -102,52 +105,55 @@ def closure(
     x:Tensor, # (…, N) a number for every node: probabilities, or logits
     taxonomy:Taxonomy, # tree over the N nodes
 )->Tensor: # (…, N) no child above its parent
-    "Every node gets the largest value of its subtree; gradients go to that node"
+    "Every node gets the largest value of its subtree, one level at a time; the gradient goes where the maximum is"
     parents, depths = taxonomy.tensor('parents', x.device), taxonomy.tensor('depths', x.device)
-    for nodes in depths.argsort(stable=True).split(np.bincount(taxonomy.depths).tolist())[:0:-1]:
-        x = _max_into(x, parents[nodes], x.index_select(-1, nodes))
+    levels = depths.argsort(stable=True).split(np.bincount(taxonomy.depths).tolist())
+    for nodes in levels[:0:-1]: x = _max_into(x, parents[nodes], x.index_select(-1, nodes))
     return x
 
-# %% ../nbs/07_sphere.ipynb #6b907550
+# %% ../nbs/07_sphere.ipynb #e1b5f787
 def sibling_log_softmax(
     logits:Tensor, # (…, N−1)
     taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (…, N−1) log p(node | parent), at least float32
+)->Tensor: # (…, N−1) log p(node | parent)
     "Softmax over the children of each parent, in logarithms"
     up = taxonomy.tensor('parents', logits.device)[1:]
-    top = _max_into(logits.new_full((*logits.shape[:-1], len(taxonomy)), -math.inf), up, logits.detach()).index_select(-1, up)
-    low = logits - top
-    total = low.new_zeros(*low.shape[:-1], len(taxonomy)).index_add(-1, up, low.exp()).index_select(-1, up)
-    return low - total.log()
+    top = _max_into(logits.new_full((*logits.shape[:-1], len(taxonomy)), -math.inf), up, logits.detach())
+    low = logits - top.index_select(-1, up)
+    total = low.new_zeros(top.shape).index_add(-1, up, low.exp())
+    return low - total.index_select(-1, up).log()
 
-# %% ../nbs/07_sphere.ipynb #9b6292d2
-def _own(z:Tensor, tax:Taxonomy)->Tensor: return z.index_select(-1, tax.tensor('leaves', z.device) - 1)   # (…, L) of (…, N−1)
-def _on_path(x:Tensor, tax:Taxonomy)->Tensor: return _own(path_sums(x, tax), tax).to(x.dtype)
-def _root(p:Tensor)->Tensor: return F.pad(p, (1, 0), value=1.)
+# %% ../nbs/07_sphere.ipynb #0e6eebcb
+VETO = 0.2 # λ
+
+def _own(z:Tensor, tax:Taxonomy)->Tensor: return z.index_select(-1, tax.tensor('leaves', z.device) - 1)   # (…, N−1) to (…, L)
+def _on_path(z:Tensor, tax:Taxonomy)->Tensor: return _own(path_sums(z, tax), tax).to(z.dtype)
+def _depth(z:Tensor, tax:Taxonomy)->Tensor: return _own(tax.tensor('depths', z.device)[1:], tax)          # (L,)
+def _veto(z:Tensor, tax:Taxonomy)->Tensor: q = F.logsigmoid(z); return _own(z, tax) + VETO*(_on_path(q, tax) - _own(q, tax))/(_depth(z, tax) - 1).clamp_min(1)
 
 LEAF_SCORES = {
     'leaves': _own,
     'sigmoid': lambda z, tax: F.logsigmoid(_own(z, tax)),
     'path': _on_path,
     'product': lambda z, tax: _on_path(F.logsigmoid(z), tax),
-    'mean': lambda z, tax: _on_path(F.logsigmoid(z), tax)/tax.tensor('depths', z.device)[tax.tensor('leaves', z.device)],
+    'mean': lambda z, tax: _on_path(F.logsigmoid(z), tax)/_depth(z, tax),
     'siblings': lambda z, tax: _on_path(sibling_log_softmax(z, tax), tax),
-}
-DECODES = {k: lambda z, tax, f=f: tax.node_probs(f(z, tax).softmax(-1)) for k,f in LEAF_SCORES.items()} | {
-    'closure': lambda z, tax: closure(_root(z.sigmoid()), tax),
-    'conditional': lambda z, tax: _root(path_sums(F.logsigmoid(z), tax).exp().to(z.dtype)),
-}
+    'veto': _veto}
 
-def decode(
+# %% ../nbs/07_sphere.ipynb #7851ca78
+DECODES = (*LEAF_SCORES, 'closure', 'conditional')
+
+def decode_nodes(
     logits:Tensor, # (B, N−1)
     taxonomy:Taxonomy, # tree over the N nodes
     how:str='leaves', # one of `DECODES`
 )->Tensor: # (B, N) no child above its parent, root 1
     "Coherent probabilities from the logits of independent yes-or-no questions"
-    if how not in DECODES: raise HiermetricError(f"There is no decoding {how!r}; there are {', '.join(DECODES)}.{did_you_mean(how, DECODES)}")
-    return DECODES[how](logits, taxonomy)
+    if _choice('decoding', how, DECODES) in LEAF_SCORES: return taxonomy.node_probs(LEAF_SCORES[how](logits, taxonomy).softmax(-1))
+    if how == 'closure': return closure(F.pad(logits.sigmoid(), (1, 0), value=1.), taxonomy)
+    return F.pad(path_sums(F.logsigmoid(logits), taxonomy).exp().to(logits.dtype), (1, 0), value=1.)
 
-# %% ../nbs/07_sphere.ipynb #9613ffb6
+# %% ../nbs/07_sphere.ipynb #dee154e3
 class NodeHead(Head):
     "A head with one logit for every node but the root; a subclass sets `weight`, defines `logits(emb)` and may define `train_logits(emb, positive)` and `node_loss(node_logits, targets)`"
     def __init__(self,
@@ -160,8 +166,7 @@ class NodeHead(Head):
     ):
         super().__init__(in_features, taxonomy)
         if len(taxonomy) < 2: raise HiermetricError("A head with node logits needs a tree with at least one node below the root.")
-        if decode not in DECODES: raise HiermetricError(f"There is no decoding {decode!r}; there are {', '.join(DECODES)}.{did_you_mean(decode, DECODES)}")
-        self.decode, self.criterion, self.criterion_kw = decode, criterion, criterion_kw
+        self.decode, self.criterion, self.criterion_kw = _choice('decoding', decode, DECODES), criterion, criterion_kw
         self.cell_loss = create_criterion(criterion, **(criterion_kw or {}))
         self.register_buffer('node_weights', _node_weights(node_weights, taxonomy))
 
@@ -169,15 +174,16 @@ class NodeHead(Head):
     def train_logits(self, emb:Tensor, positive:Tensor)->Tensor: return self.logits(emb)
     def full(self, emb:Tensor)->Tensor: return emb.to(torch.promote_types(self.weight.dtype, torch.float32))
 
+# %% ../nbs/07_sphere.ipynb #b8fd3d99
 def _node_weights(w:str|Sequence[float]|Tensor, tax:Taxonomy)->Tensor: # (N−1,) float32, N−1 in sum
     "Weights by level or by node"
-    if isinstance(w, str): return torch.as_tensor(tax.level_weights(w)[1:], dtype=torch.float32)
-    w = torch.as_tensor(w, dtype=torch.float32)
-    if len(w) == tax.height < len(tax)-1: return torch.as_tensor(tax.level_weights(w.tolist())[1:], dtype=torch.float32)
-    if w.shape != (len(tax)-1,) or not w.isfinite().all() or (w < 0).any() or not w.any(): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
-    return w*(w.numel()/w.sum())
+    if not isinstance(w, str):
+        w = torch.as_tensor(w, dtype=torch.float64)
+        if w.shape == (len(tax)-1,) and w.isfinite().all() and (w >= 0).all() and w.any(): return (w*(w.numel()/w.sum())).float()
+        if w.shape != (tax.height,): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
+    return torch.as_tensor(tax.level_weights(w if isinstance(w, str) else w.tolist())[1:], dtype=torch.float32)
 
-# %% ../nbs/07_sphere.ipynb #700f8020
+# %% ../nbs/07_sphere.ipynb #9bdd4d5a
 @patch
 def forward(self:NodeHead,
     emb:Tensor, # (B, D)
@@ -191,8 +197,7 @@ def node_probs(self:NodeHead,
     emb:Tensor, # (B, D)
 )->Tensor: # (B, N) root 1, no child above its parent
     "Coherent probability of every node, by the rule `decode`"
-    z = self(emb)
-    with torch.autocast(emb.device.type, enabled=False): return DECODES[self.decode](z, self.taxonomy)
+    return decode_nodes(self(emb), self.taxonomy, self.decode)
 
 @patch
 def loss(self:NodeHead,
@@ -202,47 +207,44 @@ def loss(self:NodeHead,
     "`node_loss` of the training logits"
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
     targets = targets.long()
-    with torch.autocast(emb.device.type, enabled=False): return self.node_loss(self.train_logits(self.full(emb), path_targets(targets, self.taxonomy)[0]), targets)
+    with torch.autocast(emb.device.type, enabled=False):
+        return self.node_loss(self.train_logits(self.full(emb), path_targets(targets, self.taxonomy)[0]), targets)
 
 @patch
 def node_loss(self:NodeHead,
     node_logits:Tensor, # (B, N−1)
     targets:Tensor, # (B,) node ids, leaves or not
 )->Tensor: # scalar, weighted mean over nodes and batch; 0 for an empty batch
-    "The criterion on every cell that the labels tell about"
+    "The criterion on every cell that the labels tell about, @eq-node-loss"
     positive, known = path_targets(targets, self.taxonomy)
     cells = self.cell_loss(node_logits, positive)
     if known is not None: cells = cells*known
     return (cells@self.node_weights.to(cells.dtype)).sum()/max(cells.numel(), 1)
 
-# %% ../nbs/07_sphere.ipynb #7246de00
+# %% ../nbs/07_sphere.ipynb #7074ad9a
 def tree_prior(
     taxonomy:Taxonomy, # N nodes, L leaves
 )->Tensor: # (N−1,) float32, in (0, 1]
-    "Share of the leaves under each node: how often it is true if all leaves are equally frequent"
+    "Share of the leaves that lie under each node"
     return torch.as_tensor((taxonomy.leaf_stop - taxonomy.leaf_start)[1:]/taxonomy.n_leaves, dtype=torch.float32)
 
 def node_frequency(
     targets:Tensor|Sequence[int], # (n,) node ids of training samples, leaves or not
     taxonomy:Taxonomy, # N nodes
 )->Tensor: # (N−1,) float32, in (0, 1)
-    "How often each node was true among the samples whose label tells; one sample more of either kind keeps it off 0 and 1"
+    "How often each node is true among the samples whose label tells; one more of either kind is added, which keeps it off 0 and 1"
     targets = torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
     count = torch.bincount(targets.long(), minlength=len(taxonomy)).double()
     upto = F.pad(count.cumsum(0), (1, 0))
-    below = upto[taxonomy.tensor('last') + 1] - upto[:-1]          # at the node or below it
-    above = path_sums(count[taxonomy.tensor('parents')[1:]], taxonomy)   # labels strictly above the node
+    below = upto[taxonomy.tensor('last') + 1] - upto[:-1]                # at the node or under it
+    above = path_sums(count[taxonomy.tensor('parents')[1:]], taxonomy)   # strictly above it
     return ((below[1:] + 1)/(len(targets) - above + 2)).float()
 
-# %% ../nbs/07_sphere.ipynb #c86de076
+# %% ../nbs/07_sphere.ipynb #4668adff
 MARGINS, BIASES, SCALES = ('positives', 'both', 'all'), ('learned', 'fixed', 'none'), ('learned', 'label', 'fixed')
 
-def _choice(what:str, value:str, known:Sequence[str])->str:
-    if value not in known: raise HiermetricError(f"There is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}")
-    return value
-
 class SphereMulti(NodeHead):
-    "Hyperspherical multi-label head: node logits s·cos θ + b, with a margin in training"
+    "Hyperspherical multi-label head: node logits s·cos θ + bias, with a margin in training"
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # N nodes
@@ -265,14 +267,19 @@ class SphereMulti(NodeHead):
         self.s, self.m, self.init, self.tail = float(s), float(m), init, _choice('tail', tail, TAILS)
         self.margin, self.bias, self.scale = _choice('margin', margin, MARGINS), _choice('bias', bias, BIASES), _choice('scale', scale, SCALES)
         n = len(taxonomy) - 1
-        p = tree_prior(taxonomy) if prior is None else torch.as_tensor(prior, dtype=torch.float32).clone()
-        if p.shape != (n,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {n} probabilities above 0, one for each node below the root; got shape {tuple(p.shape)}.")
         self.weight = prototypes(n, in_features, init)
-        self.register_buffer('prior', p)
-        self.offset = nn.Parameter(p.clamp_max(.99).logit() if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
+        self.register_buffer('prior', _prior(prior, taxonomy))
+        self.offset = nn.Parameter(self.prior.clamp(1e-6, .99).logit() if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
         self.log_s = nn.Parameter(torch.full((n,) if scale == 'label' else (), math.log(s)), requires_grad=scale != 'fixed')
 
-# %% ../nbs/07_sphere.ipynb #0fcafdcd
+# %% ../nbs/07_sphere.ipynb #2c3e224c
+def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy)->Tensor: # (N−1,) float32
+    "Looked over"
+    p = tree_prior(tax) if p is None else torch.as_tensor(p, dtype=torch.float32).clone()
+    if p.shape != (len(tax)-1,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {len(tax)-1} probabilities above 0, one for each node below the root; got shape {tuple(p.shape)}. `node_frequency` counts them.")
+    return p
+
+# %% ../nbs/07_sphere.ipynb #bc089791
 @patch
 def cosines(self:SphereMulti,
     emb:Tensor, # (B, D)
@@ -281,24 +288,32 @@ def cosines(self:SphereMulti,
     return F.linear(unit(emb), unit(self.full(self.weight)))
 
 @patch
-def logits(self:SphereMulti, emb:Tensor)->Tensor:
-    cos = self.cosines(emb)
-    return self.affine(add_margin(cos, self.m, self.tail) if self.margin == 'all' else cos)
-
-@patch
-def train_logits(self:SphereMulti, emb:Tensor, positive:Tensor)->Tensor:
-    cos = self.cosines(emb)
-    if self.margin == 'all': return self.affine(add_margin(cos, self.m, self.tail))
-    other = -add_margin(-cos, self.m, self.tail) if self.margin == 'both' else cos
-    return self.affine(torch.where(positive, add_margin(cos, self.m, self.tail), other))
-
-@patch
 def affine(self:SphereMulti,
     cos:Tensor, # (B, N−1)
 )->Tensor: # (B, N−1)
     "Scale and bias"
     return self.full(self.log_s).exp()*cos + self.full(self.offset)
 
+@patch
+def logits(self:SphereMulti,
+    emb:Tensor, # (B, D)
+)->Tensor: # (B, N−1)
+    "At inference: no margin, but for margin 'all'"
+    cos = self.cosines(emb)
+    return self.affine(add_margin(cos, self.m, self.tail) if self.margin == 'all' else cos)
+
+@patch
+def train_logits(self:SphereMulti,
+    emb:Tensor, # (B, D)
+    positive:Tensor, # (B, N−1) bool
+)->Tensor: # (B, N−1)
+    "In training, @eq-sphere"
+    if self.margin == 'all' or self.m == 0: return self.logits(emb)
+    cos = self.cosines(emb)
+    other = -add_margin(-cos, self.m, self.tail) if self.margin == 'both' else cos
+    return self.affine(torch.where(positive, add_margin(cos, self.m, self.tail), other))
+
+# %% ../nbs/07_sphere.ipynb #e011106d
 def sphere_thesis(
     in_features:int, # D
     taxonomy:Taxonomy, # N nodes
@@ -311,5 +326,5 @@ def sphere_thesis(
     criterion_kw:dict|None=None, # its settings
     node_weights:str|Sequence[float]|Tensor='uniform', # a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
 )->SphereMulti: # margin on every label, also at inference; no bias, fixed scale
-    "The first form of the head, kept for comparison"
+    "@eq-thesis, kept for comparison"
     return SphereMulti(in_features, taxonomy, s, m, margin='all', bias='none', scale='fixed', tail=tail, init=init, decode=decode, criterion=criterion, criterion_kw=criterion_kw, node_weights=node_weights)

@@ -257,7 +257,7 @@ def _build(features:Features, cfg:dict)->Model:
     "Embedding block and head from a run's settings, initialised from its seed"
     dim, out_dim = features.x.shape[1], cfg['embed_dim'] if cfg['embedding'] != 'none' else features.x.shape[1]
     with _seeded(_draw(cfg['seed'], 0), torch.device('cpu')):
-        return Model(EmbeddingNet(dim, out_dim, kind=cfg['embedding'], dropout=cfg['dropout'], **cfg['embed_kw']),
+        return Model(EmbeddingNet(dim, out_dim, kind=cfg['embedding'], power=cfg['power'], dropout=cfg['dropout'], **cfg['embed_kw']),
                      create_head(cfg['head'], in_features=out_dim, taxonomy=features.taxonomy, **cfg['head_kw']))
 
 def _finish(trainer:Trainer, out:Path|None, identity:dict)->Run:
@@ -311,11 +311,12 @@ def fit(
     *,
     embedding:str='linear', # 'linear', 'mlp', 'devnet' or 'none'
     embed_dim:int=512, # D
-    dropout:float|None=0.3, # on the embedding; None is the embedding block's own default
+    power:float=0.5, # of the features, see `EmbeddingNet`
+    dropout:float|None=0.5, # on the embedding; None is the embedding block's own default
     epochs:int=20, # at the most
     batch_size:int=256,
-    lr:float=5e-4, # highest learning rate
-    weight_decay:float=0.1, # on matrices
+    lr:float=1e-3, # highest learning rate
+    weight_decay:float=1., # on matrices
     warmup:float=0.1, # share of all steps that climb
     patience:int|None=8, # epochs without a better one before stopping; None never stops early
     monitor:str='top1', # what better means on validation: 'top1' or 'nll'
@@ -334,7 +335,7 @@ def fit(
     if monitor not in ('nll', 'top1'): raise HiermetricError(f"There is no monitor {monitor!r}; there are 'nll' and 'top1'.")
     if bad := [k for k,v in dict(epochs=epochs, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every).items() if not v > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
-    cfg = dict(head=head, embedding=embedding, embed_dim=embed_dim, dropout=dropout, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
+    cfg = dict(head=head, embedding=embedding, embed_dim=embed_dim, power=power, dropout=dropout, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
                patience=patience, monitor=monitor, seed=seed, precision=acc.mixed_precision, head_kw=head_kw or {}, embed_kw=embed_kw or {})
     identity = dict(taxonomy=features.taxonomy.fingerprint, features=features.fingerprint, settings=json.loads(json.dumps(cfg, default=lambda o: np.asarray(o).tolist())))
     if out and resume and (out/'run.json').exists(): return load_run(out, features.taxonomy, identity)

@@ -174,7 +174,7 @@ def test_test_images_are_not_used_for_choices(monkeypatch):
 
 def test_yardstick_is_scikit_learn():
     from sklearn.linear_model import LogisticRegression
-    probs, chosen = logistic_regression(TOY, Cs=(0.1,), max_iter=500)
+    probs, chosen = logistic_regression(TOY, grid=dict(C=[0.1], power=[1.]), max_iter=500)
     (x, t), (xt, _) = ([o.numpy() for o in TOY.of(s)] for s in ('train', 'test'))
     xt, x = (xt - x.mean(0))/x.std(0), (x - x.mean(0))/x.std(0)
     direct = LogisticRegression(C=0.1, max_iter=500).fit(x, t).predict_proba(xt)

@@ -187,7 +187,7 @@ def test_schedule(total, warmup):
 
 def test_weight_decay_spares_biases():
     from hiermetric.training import Trainer, _build
-    cfg = dict(head='classifier', embedding='linear', embed_dim=8, dropout=None, embed_kw={}, head_kw={}, batch_size=64, weight_decay=0.3, lr=1e-3, seed=0)
+    cfg = dict(head='classifier', embedding='linear', embed_dim=8, power=1., dropout=None, embed_kw={}, head_kw={}, batch_size=64, weight_decay=0.3, lr=1e-3, seed=0)
     trainer = Trainer(_build(TOY, cfg), split_tensors(TOY, 'train'), split_tensors(TOY, 'val'), cfg, make_accelerator('cpu'))
     decayed = {p.ndim: g['weight_decay'] for g in trainer.opt.param_groups for p in g['params']}
     assert decayed == {2: 0.3, 1: 0.}
