@@ -217,7 +217,7 @@ def _leaf_probs(model:'LogisticRegression', x:np.ndarray, tax:Taxonomy)->np.ndar
 def _yardstick(features:Features, runs:Path|None)->tuple[dict[str, np.ndarray], dict]:
     "`logistic_regression`, kept in the folder of runs: the slowest part of a comparison is done once"
     if runs is None: return logistic_regression(features)
-    path = runs/f'logistic-{fingerprint(features.fingerprint, search_space['LogisticRegression'])[:8]}.npz'
+    path = runs/f"logistic-{fingerprint(features.fingerprint, search_space['LogisticRegression'])[:8]}.npz"
     if not path.exists():
         probs, chosen = logistic_regression(features)
         with atomic_path(path) as tmp, tmp.open('wb') as f: np.savez(f, **probs, chosen=json.dumps(chosen))
