@@ -15,10 +15,10 @@ from .heads import LeafHead, create_head, prototypes, subtree_nll
 from .aam import ArcFace, unit
 
 # %% auto #0
-__all__ = ['ATTENTIONS', 'root_path', 'path_rings', 'group_logsumexp', 'path_steps', 'PathHead', 'Objective', 'StepObjective',
-           'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels', 'SoftMaxMargin', 'path_sums',
-           'PathSoftmax', 'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention', 'semantic_vectors',
-           'SemanticEmbedding']
+__all__ = ['JOINTS', 'ATTENTIONS', 'root_path', 'path_rings', 'group_logsumexp', 'path_steps', 'PathHead', 'Objective',
+           'StepObjective', 'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels', 'SoftMaxMargin',
+           'path_sums', 'PathSoftmax', 'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention',
+           'semantic_vectors', 'SemanticEmbedding']
 
 # %% ../nbs/09_paths.ipynb #865202d1
 def root_path(
@@ -291,12 +291,15 @@ class ConditionalSoftmax(PathHead):
         steps = self.log_conditionals(emb).gather(1, path)
         return -torch.where(torch.arange(path.shape[1], device=emb.device) <= depth, steps, 0.).sum(1)
 
-# %% ../nbs/09_paths.ipynb #5faa2fed
+# %% ../nbs/09_paths.ipynb #595bfafa
+JOINTS = ('mean', 'product', 'last')
+
 class ArcFaceMultiHead(PathHead, ArcFace):
     "An ArcFace on each level of the levelled tree; leaves are ranked by the product over their path"
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves, N nodes, height H
+        joint:str='mean', # how levels become a leaf's score: geometric 'mean' of their probabilities, 'product', or the 'last' level alone
         s:float=16., # scale
         m:float=0.2, # margin, radians, in [0, π)
         tail:str='smooth', # logit past θ = π − m, see `add_margin`
@@ -304,21 +307,23 @@ class ArcFaceMultiHead(PathHead, ArcFace):
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, m, tail, init, class_weights)
-        self.levelled = taxonomy.level_leaves()
+        if joint not in JOINTS: raise HiermetricError(f"There is no joint score {joint!r}; there are {', '.join(JOINTS)}.{did_you_mean(joint, JOINTS)}")
+        self.joint, self.levelled = joint, taxonomy.level_leaves()
         self.weight = prototypes(len(self.levelled)-1, in_features, init)
         copies = (taxonomy.height - taxonomy.tensor('depths'))*(taxonomy.tensor('heights') == 0)
         self.register_buffer('top', torch.arange(len(taxonomy)) + copies.cumsum(0) - copies, persistent=False)   # (N,) number of each node in the levelled tree
 
     def levels(self, device:torch.device)->Tensor: return self.levelled.tensor('depths', device)[1:] - 1   # (M,)
 
-# %% ../nbs/09_paths.ipynb #ec78f850
+# %% ../nbs/09_paths.ipynb #a0023bd5
 @patch
 def logits(self:ArcFaceMultiHead,
     emb:Tensor, # (B, D)
 )->Tensor: # (B, L)
-    "Sum of the log-probabilities along each leaf's path"
+    "Log-probabilities along each leaf's path, joined"
     z, level, tree = self.s*self.cosines(emb), self.levels(emb.device), self.levelled
     log_p = z - group_logsumexp(z, level, tree.height)[:, level]
+    if self.joint != 'product': log_p = log_p/max(tree.height, 1) if self.joint == 'mean' else log_p*(level == tree.height-1)
     return path_sums(F.pad(log_p, (1, 0)), tree)[:, tree.tensor('leaves', emb.device)]
 
 @patch
@@ -403,20 +408,22 @@ def logits(self:HierarchicalAttention, emb:Tensor)->Tensor: return self.s*self.c
 def train_logits(self:HierarchicalAttention, emb:Tensor, column:Tensor, under:Tensor|None)->Tensor:
     return ArcFace.train_logits(self, emb, column, under) if self.cosine else self.logits(emb)
 
-# %% ../nbs/09_paths.ipynb #ec597461
+# %% ../nbs/09_paths.ipynb #e3c9eeff
 def semantic_vectors(
     taxonomy:Taxonomy, # L leaves, N nodes
     dim:int, # D
 )->Tensor: # (N, D) float64; the leaves' rows have length 1
     "Vectors whose products are the similarities of the tree, @eq-semantic; the best approximation if D is below L"
     heights, leaves = taxonomy.cost_matrix('lca_height', rows=range(len(taxonomy))), taxonomy.tensor('leaves')
-    S = 1 - torch.as_tensor(heights).double()/max(heights[leaves].max(), 1)   # (N, L)
+    S = (1 - torch.as_tensor(heights).double()/max(heights[leaves].max(), 1)).clamp_min(0)   # (N, L); 0 from the topmost fork up
     Y = torch.linalg.cholesky(S[leaves])
     U = torch.linalg.solve_triangular(Y, S.T, upper=False).T
-    if dim < len(Y): U = U@torch.linalg.svd(Y).Vh[:dim].T; U[leaves] = unit(U[leaves])
+    if dim < len(Y):
+        U = U@torch.linalg.svd(Y).Vh[:dim].T; size = U[leaves].norm(dim=1, keepdim=True); U[leaves] /= size
+        if size.min() < 1e-3: raise HiermetricError(f"In {dim} dimensions the class {taxonomy.leaf_names[int(size.argmin())]!r} has no direction of its own; give the embedding {len(Y)}, one for each class.")
     return F.pad(U, (0, max(dim - len(Y), 0)))
 
-# %% ../nbs/09_paths.ipynb #676c7b69
+# %% ../nbs/09_paths.ipynb #81ee1666
 class SemanticEmbedding(PathHead):
     "Cosines to fixed class vectors that mirror the tree [@barz2019semantic]; nothing in this head is learnt"
     def __init__(self,
@@ -435,5 +442,6 @@ class SemanticEmbedding(PathHead):
     def logits(self, emb:Tensor)->Tensor: return self.s*F.linear(unit(emb), self.full(self.weight))
 
     def losses(self, emb:Tensor, targets:Tensor)->Tensor:
-        u = self.full(self.vectors[targets]); away = (u.square().sum(1) - (unit(emb)*u).sum(1)).relu()
+        some = self.full(self.weight)[self.taxonomy.tensor('leaf_start', emb.device)[targets]]   # a class under the label
+        away = (self.full(self.vectors[targets])*(some - unit(emb))).sum(1).relu()
         return away + self.ce*path_steps(self.logits(emb), targets, self.taxonomy).sum(1)
