@@ -64,6 +64,8 @@ class Head(nn.Module):
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
     def node_probs(self, emb:Tensor)->Tensor: raise NotImplementedError
     def leaf_probs(self, emb:Tensor)->Tensor: return self.node_probs(emb)[:, self.taxonomy.tensor('leaves', emb.device)]
+    def prepare(self, emb:Tensor, targets:Tensor)->None: "Called once before training with all (n, D) embeddings and (n,) node ids of the training split; most heads need nothing"
+    def calibrate(self, emb:Tensor, targets:Tensor)->None: "Called once after training, with the validation split"
 
     def check(self,
         emb:Tensor, # (B, D)

@@ -94,6 +94,7 @@ class Trainer:
         decay = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == matrix] for matrix in (True, False)]
         groups = [dict(params=p, weight_decay=w) for p,w in zip(decay, (settings['weight_decay'], 0.)) if p]
         self.opt = torch.optim.AdamW(groups, lr=settings['lr'], fused=acc.device.type in ('cpu', 'cuda'))
+        with torch.no_grad(): model.eval().head.prepare(model.embed(self.train[0]), self.train[1])
         self.epoch, self.best_epoch, self.best_value, self.best, self.history, self.seconds = 0, -1, -math.inf, {}, [], 0.
 
 # %% ../nbs/14_training.ipynb #32eadbca
@@ -264,6 +265,9 @@ def _finish(trainer:Trainer, out:Path|None, identity:dict)->Run:
     "Best weights in place, everything on disk, the checkpoint no longer needed"
     model = trainer.model
     model.load_state_dict(trainer.best); model.cpu().eval()
+    x, targets = (o.cpu() for o in trainer.val)
+    with torch.no_grad(): emb = model.embed(x)
+    model.head.calibrate(emb, targets)
     run = Run(model, pd.DataFrame(trainer.history), trainer.best_epoch, trainer.seconds, identity['settings'], out)
     if out is not None:
         model.save(out/'model')
