@@ -402,7 +402,7 @@ class TreeMetric(Metric):
 def _choices(p:Tensor, tax:Taxonomy, rule:str)->tuple[Tensor,Tensor]: # (B, K) nodes without the root, the most informative first; (B, K) their probabilities
     if rule == 'information' and len(tax) > 1:
         under = tax.leaf_stop - tax.leaf_start
-        order = np.lexsort((np.arange(len(tax)), -tax.depths, under)); order = order[order > 0]   # an only child before its parent, else tree order
+        order = np.lexsort((-tax.depths, tax.leaf_start, under)); order = order[order > 0]   # tree order, but an only child before its parent
         _, start, size = np.unique(under[order], return_index=True, return_counts=True)
         cols = torch.as_tensor(order, device=p.device)
         best = [o.max(1) for o in p.index_select(1, cols).split(size.tolist(), 1)]

@@ -1,13 +1,15 @@
 "Every metric against a slow and obvious version, on random ragged trees, with leaf and internal truths."
-import math
-import numpy as np, pytest, torch
+import itertools, math
+import numpy as np, pandas as pd, pytest, sklearn.metrics, torch
 from hypothesis import given, settings, strategies as st
 from hiclass import metrics as hiclass_metrics
 from sklearn.metrics import balanced_accuracy_score
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 from hiermetric.core import HiermetricError
-from hiermetric.metrics import (METRICS, TreeMetric, accuracy, brier_score, distance_floor, evaluate, exact_path, expected_calibration_error, hierarchical_distance,
-                            hierarchical_f1, leaf_distribution, macro_accuracy, mistake_height, mistake_severity, negative_log_likelihood, per_sample, rank_leaves, summarise, topk_accuracy, violation_rate)
+from hiermetric import metrics
+from hiermetric.metrics import (METRICS, TreeMetric, accuracy, aurc, average_correctness, brier_score, correctness, distance_floor, evaluate, exact_path, expected_calibration_error, haurc,
+                            hierarchical_distance, hierarchical_f1, information_scores, leaf_distribution, macro_accuracy, mistake_height, mistake_severity, negative_log_likelihood, node_counts,
+                            operating_curve, per_sample, plot_operating_curve, rank_accuracy, rank_leaves, recall_at, risk_coverage, summarise, topk_accuracy, violation_rate)
 from hiermetric.taxonomy import Taxonomy
 
 slowly = settings(max_examples=60, deadline=None)
@@ -36,6 +38,13 @@ def slow_d(tax, a, t):
     if int(t) in path(tax, a): return 0
     return height(tax, next(o for o in path(tax, a) if o in path(tax, t)))
 
+def bits(tax, v): return math.log2(sum(int(v) in path(tax, j) for j in range(len(tax)) if j in tax.leaves)/len(tax.leaves))*-1
+
+def slow_information(tax, a, t): # correct, precision, recall
+    a = int(t) if int(t) in path(tax, a) else int(a)   # below an internal truth nothing can be confirmed, and nothing is charged
+    shared = bits(tax, next(o for o in path(tax, a) if o in path(tax, t)))
+    return float(a in path(tax, t)), shared/bits(tax, a) if bits(tax, a) else 1., shared/bits(tax, t) if bits(tax, t) else 1.
+
 def slow_rank(scores): return sorted(range(len(scores)), key=lambda j: (-scores[j], j))
 
 def slow_evaluate(tax, P, T, nodes=None, ranking=None):
@@ -53,6 +62,7 @@ def slow_evaluate(tax, P, T, nodes=None, ranking=None):
     both, said, true = (sum(o) for o in zip(*[(len(a & t), len(a), len(t)) for a, t in sets]))
     out |= {'hp': div(both, said), 'hr': div(both, true), 'hf1': div(2*both, said+true), 'macro_hp': np.mean([div(len(a & t), len(a)) for a, t in sets]),
             'macro_hr': np.mean([div(len(a & t), len(t)) for a, t in sets]), 'macro_hf1': np.mean([div(2*len(a & t), len(a)+len(t)) for a, t in sets])}
+    out |= dict(zip(('correct', 'info_precision', 'info_recall'), np.mean([slow_information(tax, a, t) for a, t in zip(A, T)], 0)))
     out['nll'] = np.mean([-math.log(max(sum(q[j] for j in range(L) if int(t) in path(tax, tax.leaves[j])), 1.1754944e-38)) for q, t in zip(Q, T)])
     leaf = [(q, list(tax.leaves).index(t)) for q, t in zip(Q, T) if t in tax.leaves]
     out['n_leaf'] = len(leaf)
@@ -94,6 +104,7 @@ def test_pure_functions_are_the_slow_version(case, k):
     assert macro_accuracy(A, T, tax) == pytest.approx(slow['macro_top1']) and mistake_severity(A, T, tax) == pytest.approx(slow['severity'], nan_ok=True)
     for average in 'micro', 'macro':
         assert hierarchical_f1(A, T, tax, average) == pytest.approx([slow[('macro_' if average == 'macro' else '') + o] for o in ('hp', 'hr', 'hf1')])
+    assert correctness(A, T, tax) == pytest.approx(slow['correct']) and information_scores(A, T, tax) == pytest.approx([slow['info_precision'], slow['info_recall']])
 
 @given(cases())
 @slowly
@@ -110,6 +121,129 @@ def test_the_table_holds_what_the_functions_say(case):
     np.testing.assert_allclose(table.nll, negative_log_likelihood(q, T, tax)); np.testing.assert_allclose(table.brier, brier_score(q, T, tax)); np.testing.assert_array_equal(table.brier.notna(), leaf)
     assert expected_calibration_error(table.confidence[leaf], table.hit[leaf]) == pytest.approx(evaluate(P, T, tax)['ece'], nan_ok=True)
     np.testing.assert_array_equal(table['hd@1'], mistake_height(table.node, T, tax)); assert (table['hd@5'] >= table['hd@5_floor'] - 1e-9).all() and (table['hd@20'] >= table['hd@20_floor'] - 1e-9).all()
+
+# ---- rank by rank ------------------------------------------------------------------------------------------------------------------------------------------------
+def slow_ranks(tax, A, T, ranks):
+    "Image by image, rank by rank: is the truth's node of that rank above the answer too?"
+    out = {}
+    for r in dict.fromkeys(o for o in ranks[1:] if o is not None):
+        rows = [(v, v in path(tax, a)) for a, t in zip(A, T) for v in path(tax, t)[:-1] if ranks[v] == r]
+        each = [np.mean([h for v, h in rows if v == node]) for node in {v for v, _ in rows}]
+        out[r] = (sum(o == r for o in ranks[1:]), len(rows), np.mean([h for _, h in rows]) if rows else math.nan, np.mean(each) if rows else math.nan)
+    return out
+
+@given(cases(), st.booleans())
+@slowly
+def test_ranks_are_the_slow_version(case, named):
+    tax, P, T, r = case; A = r.integers(0, len(tax), len(T))
+    ranks = [f'rank{d}' if d and r.random() < .7 else None for d in tax.depths] if named else [int(o) for o in tax.depths]
+    got, want = rank_accuracy(A, T, tax, ranks if named else None), slow_ranks(tax, A, T, ranks)
+    assert set(got.index) == set(want) and list(got.columns) == ['nodes', 'n', 'accuracy', 'macro']
+    for k, v in want.items(): assert tuple(got.loc[k]) == pytest.approx(v, nan_ok=True), k
+    assert got.index.tolist() == sorted(want, key=lambda o: int(str(o).removeprefix('rank')))
+    at = node_counts(A, T, tax)
+    for v in range(len(tax)): assert at[:,v].tolist() == [sum(v in path(tax, t) for t in T), sum(v in path(tax, a) for a in A), sum(v in path(tax, t) and v in path(tax, a) for a, t in zip(A, T))]
+
+@given(cases())
+@slowly
+def test_depths_average_to_hr(case):
+    tax, P, T, r = case; A = r.integers(0, len(tax), len(T)); d = rank_accuracy(A, T, tax)
+    assert (d.accuracy.fillna(0)*d.n).sum() == pytest.approx(hierarchical_f1(A, T, tax)[1]*tax.depths[T].sum())
+
+def test_ranks_that_are_none_are_named():
+    tax = Taxonomy.from_parents(TREE); T = tax.leaves
+    with pytest.raises(HiermetricError, match='There are 2 ranks for 8 nodes'): rank_accuracy(T, T, tax, ['x', 'y'])
+    with pytest.raises(HiermetricError, match="'a1' and a node above it are both of the rank 'x'"): rank_accuracy(T, T, tax, [{'a': 'x', 'a1': 'x', 'c': 'y'}.get(o) for o in tax.names])
+    got = rank_accuracy(T, T, tax, [{'a': 'upper', 'b1': 'lower', 'c': ''}.get(o) for o in tax.names])
+    assert got.index.tolist() == ['upper', 'lower'] and got.n.tolist() == [2, 1] and got.accuracy.tolist() == [1, 1]
+
+# ---- every threshold ---------------------------------------------------------------------------------------------------------------------------------------------
+def slow_answer(tax, p, tau, rule):
+    "Of the nodes above the threshold the most informative, then the most probable, then the first in the tree (of an only child and its parent the child); the root where there is none"
+    size = [sum(v in path(tax, j) for j in tax.leaves) for v in range(len(tax))]; first = [min(j for j in tax.leaves if v in path(tax, j)) for v in range(len(tax))]
+    best = tax.leaves[slow_rank(p[tax.leaves])[0]]
+    may = {'information': range(len(tax)), 'climb': path(tax, best), 'leaf': [int(best)]}[rule]
+    return min((v for v in may if v and p[v] > tau), key=lambda v: (size[v], -p[v], first[v], -tax.depths[v]), default=0)
+
+def slow_point(tax, P, T, tau, rule):
+    rows = []
+    for p, t in zip(P, T):
+        a = slow_answer(tax, p, tau, rule); correct, precision, recall = slow_information(tax, a, t)
+        rows.append([correct, 1-correct, a == t, precision, recall, bits(tax, a)/math.log2(len(tax.leaves)) if len(tax.leaves) > 1 else 1., 0 if correct else slow_d(tax, a, t)])
+    return np.mean(rows, 0)
+
+RULES = st.sampled_from(['information', 'climb', 'leaf'])
+
+@given(cases(), RULES)
+@settings(max_examples=40, deadline=None)
+def test_operating_curve_is_the_slow_version_at_every_threshold(case, rule):
+    tax, P, T, r = case; c = operating_curve(P, T, tax, rule)
+    assert list(c.columns) == ['threshold', 'correct', 'wrong', 'exact', 'precision', 'recall', 'coverage', 'height'] and c.threshold.iloc[-1] == 0 and (c.threshold.diff().dropna() < 0).all()
+    assert (c.iloc[0][['correct', 'coverage']] == [1, 0]).all() or tax.n_leaves == 1
+    assert (c.coverage.diff().dropna() > -1e-9).all()   # a lower threshold never says less
+    for row in c.iloc[np.unique(np.linspace(0, len(c)-1, 8).astype(int))].to_numpy(): np.testing.assert_allclose(row[1:], slow_point(tax, P, T, row[0], rule), atol=1e-9)
+    for tau in r.random(3): np.testing.assert_allclose(c[c.threshold <= tau].iloc[0, 1:], slow_point(tax, P, T, tau, rule), atol=1e-9)   # between two rows nothing happens
+
+@given(cases(), RULES)
+@slowly
+def test_sums_of_a_curve(case, rule):
+    tax, P, T, r = case; c = operating_curve(P, T, tax, rule); points = list(zip(c.recall, c.correct))
+    ends = sorted({0., *c.recall})
+    assert average_correctness(c) == pytest.approx(sum((b-a)*max(y for x, y in points if x >= b) for a, b in itertools.pairwise(ends)))
+    assert average_correctness(c) == pytest.approx(average_correctness(c, 'recall', 'correct'))   # the same region, seen from the other side
+    for q in (.5, .9, .95): assert recall_at(c, q) == max(x for x, y in points if y >= q)
+    for risk in 'wrong', 'height': assert haurc(c, risk) == pytest.approx(sklearn.metrics.auc(np.maximum.accumulate(c.coverage), c[risk]) if len(c) > 1 else 0, abs=1e-9)
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_a_curve_ends_where_evaluate_stands(case):
+    "with the threshold at 0 every rule answers with the best leaf"
+    tax, P, T, r = case; e = evaluate(P, T, tax)
+    for rule in 'information', 'climb', 'leaf':
+        end = operating_curve(P, T, tax, rule).iloc[-1]
+        assert (end.correct, end.exact, end.precision, end.recall, end.height) == pytest.approx((e['correct'], e['exact'], e['info_precision'], e['info_recall'], e['hd@1']))
+
+def test_curves_of_valmadres_tests():
+    "the staircase of hiercls/metrics_test.py: dominated points change nothing"
+    c = pd.DataFrame({'recall': [.05, .1, .15, .2, .7, .8], 'correct': [.8, .9, .5, .5, .1, .3]})
+    assert average_correctness(c) == pytest.approx(.32) and average_correctness(c.iloc[[1, 3, 5]]) == pytest.approx(.32) and average_correctness(c, 'recall', 'correct') == pytest.approx(.32)
+
+def test_a_curve_does_not_depend_on_the_chunks(monkeypatch):
+    tax, r = Taxonomy.from_parents(TREE), np.random.default_rng(0); P, T = tax.node_probs(r.dirichlet(np.ones(5)*.3, 50)), r.integers(0, len(tax), 50)
+    whole = [operating_curve(P, T, tax, o) for o in ('information', 'climb', 'leaf')]; rows = metrics._rows
+    monkeypatch.setattr(metrics, '_rows', lambda n, width: rows(n, width, 7*width))
+    for a, b in zip(whole, [operating_curve(P, T, tax, o) for o in ('information', 'climb', 'leaf')]): pd.testing.assert_frame_equal(a, b)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_curves_of_other_types(dtype):
+    tax, r = Taxonomy.from_parents(TREE), np.random.default_rng(0); P, T = torch.as_tensor(tax.node_probs(r.dirichlet(np.ones(5), 200))), torch.as_tensor(r.integers(0, len(tax), 200))
+    want, got = operating_curve(P, T, tax), operating_curve(P.to(dtype), T.int(), tax)
+    assert average_correctness(got) == pytest.approx(average_correctness(want), abs=.01) and haurc(got) == pytest.approx(haurc(want), abs=.01) and not got.isna().any().any()
+
+def test_small_trees_have_curves():
+    one = operating_curve(np.ones((3, 1)), np.zeros(3, int), Taxonomy.from_parents({'only': None})); assert len(one) == 1 and one.correct.iloc[0] == 1 and haurc(one) == 0 and recall_at(one) == 1
+    chain = operating_curve(np.ones((1, 3)), np.array([2]), Taxonomy.from_parents({'a': None, 'b': 'a', 'c': 'b'})); assert chain.exact.iloc[-1] == 1   # the deepest of equals
+
+def test_no_such_rule():
+    with pytest.raises(HiermetricError, match="no rule 'jump'"): operating_curve(np.ones((1, 5)), np.ones(1, int), flat(4), 'jump')
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=6))
+@slowly
+def test_risk_coverage_is_the_mean_over_all_orders_of_equals(pairs):
+    c, l = np.array(pairs, float).T
+    orders = [o for o in itertools.permutations(range(len(c))) if all(c[i] >= c[j] for i, j in itertools.pairwise(o))]
+    want = np.mean([[np.mean(l[list(o[:i+1])]) for i in range(len(c))] for o in orders], 0); got = risk_coverage(c, l)
+    np.testing.assert_allclose(got.risk, want); np.testing.assert_allclose(got.coverage, (np.arange(len(c))+1)/len(c)); assert aurc(c, l) == pytest.approx(want.mean())
+
+def test_risk_coverage_refuses_what_it_cannot_sort():
+    with pytest.raises(HiermetricError, match=r'one loss an image, not shapes \(2,\) and \(3,\)'): risk_coverage([.1, .2], [0, 1, 1])
+    with pytest.raises(HiermetricError, match='image 1 is NaN'): aurc([.1, np.nan], [0, 1])
+
+def test_plot_of_curves():
+    tax, r = Taxonomy.from_parents(TREE), np.random.default_rng(0); P, T = tax.node_probs(r.dirichlet(np.ones(5), 3000)), r.choice(tax.leaves, 3000)
+    c = operating_curve(P, T, tax); ax = plot_operating_curve({'mine': c}, 'coverage', 'wrong'); line, dot = ax.lines
+    assert len(line.get_xdata()) <= 1000 < len(c) and line.get_xdata()[-1] == c.coverage.iloc[-1] and [o.get_text() for o in ax.get_legend().get_texts()] == ['mine']
+    np.testing.assert_allclose([dot.get_xdata()[0], dot.get_ydata()[0]], c[c.threshold <= .5].iloc[0][['coverage', 'wrong']].astype(float))
 
 # ---- other people's implementations ----------------------------------------------------------------------------------------------------------------------------
 def labels(tax, nodes): # for hiclass: the path below the root, one label a level
@@ -163,7 +297,8 @@ def test_stateful_equals_functional_whatever_the_batches(case):
     for o in parts:
         m.update(torch.as_tensor(P[o]), torch.as_tensor(T[o]))
         for e in every.values(): e.update(P[o], T[o])
-    assert_same(m.compute(), whole)
+    assert_same(m.compute(), whole); ranks = [int(o)%3 or None for o in tax.depths] if tax.height < 4 else None
+    pd.testing.assert_frame_equal(m.by_rank(ranks), rank_accuracy(per_sample(P, T, tax).node.to_numpy(), T, tax, ranks), check_dtype=False)
     for k, e in every.items(): assert float(e.compute()) == pytest.approx(whole[k], abs=1e-6, nan_ok=True)
     m.reset(); m.update(P[:1], T[:1]); assert_same(m.compute(), evaluate(P[:1], T[:1], tax))
 
