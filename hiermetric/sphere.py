@@ -221,7 +221,7 @@ def node_loss(self:NodeHead,
     if known is not None: cells = cells*known
     return (cells@self.node_weights.to(cells.dtype)).sum()/max(cells.numel(), 1)
 
-# %% ../nbs/07_sphere.ipynb #7074ad9a
+# %% ../nbs/07_sphere.ipynb #6f692569
 def tree_prior(
     taxonomy:Taxonomy, # N nodes, L leaves
 )->Tensor: # (N−1,) float32, in (0, 1]
@@ -233,14 +233,14 @@ def node_frequency(
     taxonomy:Taxonomy, # N nodes
 )->Tensor: # (N−1,) float32, in (0, 1)
     "How often each node is true among the samples whose label tells; one more of either kind is added, which keeps it off 0 and 1"
-    targets = torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
+    targets = targets.cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
     count = torch.bincount(targets.long(), minlength=len(taxonomy)).double()
     upto = F.pad(count.cumsum(0), (1, 0))
     below = upto[taxonomy.tensor('last') + 1] - upto[:-1]                # at the node or under it
     above = path_sums(count[taxonomy.tensor('parents')[1:]], taxonomy)   # strictly above it
     return ((below[1:] + 1)/(len(targets) - above + 2)).float()
 
-# %% ../nbs/07_sphere.ipynb #4668adff
+# %% ../nbs/07_sphere.ipynb #e3bf3470
 MARGINS, BIASES, SCALES = ('positives', 'both', 'all'), ('learned', 'fixed', 'none'), ('learned', 'label', 'fixed')
 
 class SphereMulti(NodeHead):
@@ -253,7 +253,7 @@ class SphereMulti(NodeHead):
         margin:str='positives', # who gets it: 'positives' in training, 'both' in training (negatives −m), or 'all', also at inference
         bias:str='learned', # 'learned' or 'fixed', from the logit of the prior; or 'none'
         scale:str='learned', # 'learned' (one number), 'label' (one for each node) or 'fixed'
-        prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: `tree_prior`
+        prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: `tree_prior`, until `prepare` counts
         tail:str='smooth', # cosine past θ = π − m: 'smooth' or 'jump', see `add_margin`
         init:str='xavier_uniform', # rule that fills `weight`
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
@@ -268,16 +268,31 @@ class SphereMulti(NodeHead):
         self.margin, self.bias, self.scale = _choice('margin', margin, MARGINS), _choice('bias', bias, BIASES), _choice('scale', scale, SCALES)
         n = len(taxonomy) - 1
         self.weight = prototypes(n, in_features, init)
+        self.prior_given = prior is not None
         self.register_buffer('prior', _prior(prior, taxonomy))
-        self.offset = nn.Parameter(self.prior.clamp(1e-6, .99).logit() if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
+        self.offset = nn.Parameter(_bias(self.prior) if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
         self.log_s = nn.Parameter(torch.full((n,) if scale == 'label' else (), math.log(s)), requires_grad=scale != 'fixed')
 
-# %% ../nbs/07_sphere.ipynb #2c3e224c
+# %% ../nbs/07_sphere.ipynb #b81deb70
 def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy)->Tensor: # (N−1,) float32
     "Looked over"
     p = tree_prior(tax) if p is None else torch.as_tensor(p, dtype=torch.float32).clone()
     if p.shape != (len(tax)-1,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {len(tax)-1} probabilities above 0, one for each node below the root; got shape {tuple(p.shape)}. `node_frequency` counts them.")
     return p
+
+def _bias(prior:Tensor)->Tensor: return prior.clamp(1e-6, .99).logit()
+
+# %% ../nbs/07_sphere.ipynb #f22576b4
+@patch
+@torch.no_grad()
+def prepare(self:SphereMulti,
+    emb:Tensor, # (n, D) embeddings of the training split
+    targets:Tensor, # (n,) their node ids
+)->None:
+    "Before training: count how often each node is true, and start the bias there; a prior that was given stays"
+    if self.prior_given: return
+    self.prior.copy_(node_frequency(targets, self.taxonomy))
+    if self.bias != 'none': self.offset.copy_(_bias(self.prior))
 
 # %% ../nbs/07_sphere.ipynb #bc089791
 @patch

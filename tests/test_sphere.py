@@ -280,6 +280,14 @@ def test_new_head_says_the_prior():
     assert torch.allclose(make()(torch.zeros(1, D)).sigmoid()[0], tree_prior(TAX), atol=1e-6)
     chain = SphereMulti(D, Taxonomy.from_parents({'a': None, 'b': 'a', 'c': 'b'})); assert chain.offset.isfinite().all() and chain.loss(torch.randn(1, D), [2]).isfinite()   # prior 1
 
+@pytest.mark.parametrize('bias', BIASES)
+def test_prepare_counts_unless_told(bias, tmp_path):
+    t = torch.tensor([3, 3, 1, 9, 0]); x = torch.zeros(5, D); head = make(bias=bias); head.prepare(x, t); freq = node_frequency(t, TAX)
+    assert torch.equal(head.prior, freq) and head.offset.requires_grad == (bias == 'learned')
+    assert torch.allclose(head(x)[0].sigmoid(), freq if bias != 'none' else torch.tensor(.5).expand(N-1), atol=1e-6)
+    given = make(bias=bias, prior=[.5]*(N-1)); given.prepare(x, t); assert torch.equal(given.prior, torch.full((N-1,), .5))
+    model = Model(EmbeddingNet(12, D), head).eval(); model.save(tmp_path/'m'); assert torch.equal(Model.load(tmp_path/'m').head.prior, freq)
+
 @settings(max_examples=40, deadline=None)
 @given(tax=trees(), data=st.data())
 def test_node_frequency_is_the_slow_count(tax, data):
