@@ -18,14 +18,14 @@ from torch import Tensor
 from .core import HiermetricError, atomic_path, did_you_mean, fingerprint
 from .taxonomy import Taxonomy
 from .features import Features
-from .heads import create_head, power_normalise
+from .heads import HEADS, create_head, power_normalise
 from .metrics import mistake_height, per_sample, summarise
 from .decisions import TemperatureScaling, create_rule
 from .training import Run, fit, predict, split_tensors
 
 # %% auto #0
-__all__ = ['search_space', 'shown_metrics', 'Variant', 'trials', 'tune_head', 'Verdict', 'judge', 'image_sums', 'mean_interval',
-           'bootstrap', 'bootstrap_macro', 'logistic_regression', 'Report', 'compare']
+__all__ = ['recipes', 'margins', 'search_space', 'shown_metrics', 'Variant', 'trials', 'tune_head', 'Verdict', 'judge',
+           'image_sums', 'mean_interval', 'bootstrap', 'bootstrap_macro', 'logistic_regression', 'Report', 'compare']
 
 # %% ../nbs/15_experiment.ipynb #32b27d8f
 @dataclass(frozen=True)
@@ -50,30 +50,39 @@ class Variant:
         return cls(label, {'head': head} | merged)
 
 # %% ../nbs/15_experiment.ipynb #008e50b8
+recipes = [dict(zip(('power', 'lr', 'weight_decay', 'dropout'), o)) for o in (
+    (1., 5e-4, 0.1, 0.3), (0.5, 5e-4, 0.1, 0.5), (1., 5e-4, 0.01, 0.5), (0.5, 2e-3, 1., 0.5),
+    (1., 1e-3, 1., 0.5), (0.5, 1e-3, 0.1, 0.2), (1., 2e-3, 0.1, 0.5), (0.5, 5e-4, 1., 0.2))]
+
+margins = dict(s=[16., 24., 32.], m=[0.1, 0.2, 0.3])
 search_space = {
-    'every head': dict(lr=[5e-4, 1e-3, 2e-3], weight_decay=[0.1, 1., 3.], dropout=[0.2, 0.5], power=[0.5, 1.]),
-    'arcface': dict(s=[16., 24., 32.], m=[0.1, 0.2, 0.3]),
-    'subcenter': dict(s=[16., 24., 32.], m=[0.1, 0.2, 0.3]),
+    'arcface': margins, 'subcenter': margins, 'cosface': margins, 'attention': margins,
     'combined': dict(s=[16., 24., 32.], m2=[0.1, 0.2, 0.3]),
-    'cosface': dict(s=[16., 24., 32.], m=[0.1, 0.2, 0.3]),
+    'arcface_levels': dict(s=[16., 24.], m=[0.1, 0.2]),
+    'sphere_multi': dict(s=[8., 16., 24.], m=[0., 0.1, 0.2]), 'sphere_multi_hier': dict(s=[8., 16., 24.], m=[0., 0.1, 0.2]),
+    'hxe': dict(alpha=[0.1, 0.2, 0.4]), 'hace': dict(eps=[0.1, 0.2, 0.3, 0.5]),
+    'soft_labels': dict(beta=[4., 10., 20., 30.]), 'simple_hierarchy': dict(coarse=[0.2, 0.5, 1.]),
+    'soft_max_margin': dict(tau=[0.5, 1., 2.]), 'semantic': dict(s=[16., 24.], ce=[0.1, 0.5, 1.]),
+    'tree_gaussian': dict(strength=[1., 2., 5.], shrink=[0.05, 0.1, 0.2]),
     'LogisticRegression': dict(power=[0.5, 1.], C=[0.0003, 0.001, 0.003, 0.01, 0.03]),
 }
 
 def trials(
     variant:Variant,
-    n:int, # how many, the given settings included
+    n:int, # how many, the given settings included; at most one more than there are recipes
     seed:int=0,
 )->list[Variant]: # the first is `variant` itself
-    "Settings to try for one competitor"
-    own = search_space.get(variant.settings['head'], {})
-    grid = search_space['every head'] | own
-    combos = list(itertools.product(*grid.values()))
-    picks = np.random.default_rng(seed).permutation(len(combos))[:max(n-1, 0)]
-    def with_(combo): 
-        new = dict(zip(grid, combo))
-        head_kw = variant.settings['head_kw'] | {k: new.pop(k) for k in own}
-        return Variant(variant.label, variant.settings | new | {'head_kw': head_kw})
-    return [variant, *(with_(combos[i]) for i in picks)]
+    "Settings to try for one competitor: the same recipes for all, the head's own at random"
+    if n > len(recipes) + 1: raise HiermetricError(f"There are {len(recipes) + 1} different trials a head, not {n}; lower `tune`.")
+    head, own = variant.settings['head'], search_space.get(variant.settings['head'], {})
+    combos = [dict(zip(own, o)) for o in itertools.product(*own.values())]
+    inside = getattr(HEADS[head], 'embedding', 'linear') == 'none'   # such a head has its own projections, and dropout behind them
+    def with_(recipe:dict, kw:dict)->Variant:
+        outer = {k: v for k,v in recipe.items() if not (inside and k == 'dropout')}
+        if inside and 'dropout' in inspect.signature(HEADS[head]).parameters: kw = kw | {'dropout': recipe['dropout']}
+        return Variant(variant.label, variant.settings | outer | {'head_kw': variant.settings['head_kw'] | kw})
+    order = np.random.default_rng(seed).permutation(len(combos))
+    return [variant, *(with_(o, combos[order[i % len(combos)]]) for i, o in enumerate(recipes[:n-1]))]
 
 # %% ../nbs/15_experiment.ipynb #b9efc69a
 def tune_head(
@@ -87,7 +96,8 @@ def tune_head(
     rows, options = [], trials(variant, n)
     for i, o in enumerate(options):
         with job(f'{variant.label}, trial {i+1} of {n}') as tell: run = fit(features, **o.settings, seed=0, out=_folder(runs, features, o, 'seed0'), log=('csv', tell))
-        rows.append({'head': variant.label, 'trial': i, **_flat(o.settings), **{k: run.best[k] for k in ('val_top1', 'val_nll')}})
+        used, own = _flat(run.settings), [*recipes[0], *search_space.get(o.settings['head'], {})]
+        rows.append({'head': variant.label, 'trial': i, **{k: used.get(k, getattr(run.model.head, k, None)) for k in own}, **{k: run.best[k] for k in ('val_top1', 'val_nll')}})
     table = pd.DataFrame(rows)
     best = table.sort_values(['val_top1', 'val_nll'], ascending=[False, True], kind='stable').index[0]
     return options[best], table.assign(chosen=table.index == best)

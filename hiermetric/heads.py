@@ -52,6 +52,7 @@ def check_targets(
 class Head(nn.Module):
     "What every head is. A subclass sets `weight` (its prototypes) and defines `forward`, `loss` and `node_probs`; it keeps each constructor argument as an attribute of the same name"
     weight: nn.Parameter # (rows, D) prototypes
+    embedding: str = 'linear' # kind of `EmbeddingNet` that suits the head
     epoch: float = 0. # how long training has gone on, in epochs; a trainer sets it, heads with a schedule read it
     def __init__(self,
         in_features:int, # D
@@ -238,6 +239,19 @@ HEADS = Registry('head',
     subcenter=('hiermetric.aam.SubCenterArcFace', 'ArcFace with K prototypes a class, the nearest counts'),
     combined=('hiermetric.aam.CombinedMargin', 'general margin, s·(cos(m1·θ + m2) − m3)'),
     cosface=('hiermetric.aam.cosface', 'combined margin (1, 0, m): s·(cos θ − m)'),
+    path_softmax=('hiermetric.paths.PathSoftmax', 'leaf score = sum of the node scores on its path'),
+    conditional=('hiermetric.paths.ConditionalSoftmax', 'a softmax among sisters at every step'),
+    arcface_levels=('hiermetric.paths.ArcFaceMultiHead', 'an ArcFace for every level, decoded together'),
+    attention=('hiermetric.paths.HierarchicalAttention', 'leaf prototype = attention over the vectors on its path'),
+    semantic=('hiermetric.paths.SemanticEmbedding', 'fixed class vectors whose cosines follow the tree'),
+    hxe=('hiermetric.paths.HXE', 'hierarchical cross-entropy on the logits of a leaf head'),
+    hace=('hiermetric.paths.HACE', 'target smoothed over the ancestors, on the logits of a leaf head'),
+    soft_labels=('hiermetric.paths.SoftLabels', 'target smoothed over near leaves, on the logits of a leaf head'),
+    simple_hierarchy=('hiermetric.paths.SimpleHierarchy', 'fine and coarse cross-entropy with ramps, on the logits of a leaf head'),
+    soft_max_margin=('hiermetric.paths.SoftMaxMargin', 'far leaves are handicapped by their distance, on the logits of a leaf head'),
+    sphere_multi=('hiermetric.sphere.SphereMulti', 'a sigmoid for every node on the sphere, margin on positives'),
+    tree_gaussian=('hiermetric.committee.TreeGaussian', 'one Gaussian a class, means lean on the tree; closed form'),
+    committee=('hiermetric.committee.Committee', 'linear softmax, ArcFace and Gaussians side by side, probabilities mixed'),
 )
 
 def list_heads()->'pandas.DataFrame': # indexed by name, one line each

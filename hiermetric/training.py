@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .core import HiermetricError, Registry, atomic_path
 from .taxonomy import Taxonomy
 from .features import Features
-from .heads import EmbeddingNet, Model, create_head
+from .heads import HEADS, EmbeddingNet, Model, create_head
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
 # %% auto #0
@@ -313,10 +313,10 @@ def fit(
     features:Features, # cached features with splits 'train' and 'val'
     head:str='classifier', # a name of `list_heads()`
     *,
-    embedding:str='linear', # 'linear', 'mlp', 'devnet' or 'none'
+    embedding:str|None=None, # 'linear', 'mlp', 'devnet' or 'none'; None: what suits the head
     embed_dim:int=512, # D
     power:float=0.5, # of the features, see `EmbeddingNet`
-    dropout:float|None=0.5, # on the embedding; None is the embedding block's own default
+    dropout:float|None=None, # on the embedding; None: 0.5, and 0 without an embedding block
     epochs:int=20, # at the most
     batch_size:int=256,
     lr:float=1e-3, # highest learning rate
@@ -338,6 +338,8 @@ def fit(
     "Train an embedding and a head on cached features"
     if monitor not in ('nll', 'top1'): raise HiermetricError(f"There is no monitor {monitor!r}; there are 'nll' and 'top1'.")
     if bad := [k for k,v in dict(epochs=epochs, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every).items() if not v > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
+    embedding = embedding or getattr(HEADS[head], 'embedding', 'linear')
+    if dropout is None: dropout = 0. if embedding == 'none' else 0.5
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
     cfg = dict(head=head, embedding=embedding, embed_dim=embed_dim, power=power, dropout=dropout, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
                patience=patience, monitor=monitor, seed=seed, precision=acc.mixed_precision, head_kw=head_kw or {}, embed_kw=embed_kw or {})
