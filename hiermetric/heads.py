@@ -53,6 +53,7 @@ class Head(nn.Module):
     "What every head is. A subclass sets `weight` (its prototypes) and defines `forward`, `loss` and `node_probs`; it keeps each constructor argument as an attribute of the same name"
     weight: nn.Parameter # (rows, D) prototypes
     embedding: str = 'linear' # kind of `EmbeddingNet` that suits the head
+    closed: bool = False # solved by `prepare`; one epoch, for its scale, is enough
     epoch: float = 0. # how long training has gone on, in epochs; a trainer sets it, heads with a schedule read it
     def __init__(self,
         in_features:int, # D
@@ -251,7 +252,8 @@ HEADS = Registry('head',
     soft_max_margin=('hiermetric.paths.SoftMaxMargin', 'far leaves are handicapped by their distance, on the logits of a leaf head'),
     sphere_multi=('hiermetric.sphere.SphereMulti', 'a sigmoid for every node on the sphere, margin on positives'),
     tree_gaussian=('hiermetric.committee.TreeGaussian', 'one Gaussian a class, means lean on the tree; closed form'),
-    committee=('hiermetric.committee.Committee', 'linear softmax, ArcFace and Gaussians side by side, probabilities mixed'),
+    kernel_ridge=('hiermetric.committee.KernelRidge', 'kernel ridge regression on the classes; closed form'),
+    committee=('hiermetric.committee.Committee', 'softmax, ArcFace, Gaussians and kernel side by side, probabilities mixed'),
 )
 
 def list_heads()->'pandas.DataFrame': # indexed by name, one line each

@@ -339,6 +339,7 @@ def fit(
     if monitor not in ('nll', 'top1'): raise HiermetricError(f"There is no monitor {monitor!r}; there are 'nll' and 'top1'.")
     if bad := [k for k,v in dict(epochs=epochs, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every).items() if not v > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
     embedding = embedding or getattr(HEADS[head], 'embedding', 'linear')
+    if getattr(HEADS[head], 'closed', False): epochs = 1
     if dropout is None: dropout = 0. if embedding == 'none' else 0.5
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
     cfg = dict(head=head, embedding=embedding, embed_dim=embed_dim, power=power, dropout=dropout, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
