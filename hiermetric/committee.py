@@ -72,7 +72,7 @@ def prepare(self:TreeGaussian,
     prior = ((n[leaves] + 1)/(n[leaves] + 1).sum()).log()
     self.weight.data.copy_(weight); self.bias.copy_(prior - (mean[leaves]*weight).sum(1)/2)
 
-# %% ../nbs/09_committee.ipynb #664a5696
+# %% ../nbs/09_committee.ipynb #5351343f
 class KernelRidge(LeafHead):
     "Kernel ridge regression on the classes, solved before training: @eq-kernel"
     embedding, closed = 'none', True
@@ -82,7 +82,6 @@ class KernelRidge(LeafHead):
         width:float=1., # ω, width of the kernel in median squared distances
         ridge:float=0.1, # λ
         most:int=20_000, # prototypes at the most; the solution needs 8·most² bytes
-        landmarks:int=0, # prototypes there are; set by `prepare`
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, class_weights)
@@ -90,13 +89,17 @@ class KernelRidge(LeafHead):
         self.width, self.ridge, self.most = float(width), float(ridge), int(most)
         self.log_scale = nn.Parameter(torch.tensor(15.).log())
         self.register_buffer('spread', torch.ones(()))
-        self.allot(landmarks)
+        self.allot(0)
 
     def allot(self, n:int)->None:
         "Make room for `n` prototypes"
-        self.landmarks, device = int(n), self.log_scale.device
+        device = self.log_scale.device
         self.weight = nn.Parameter(torch.zeros(n, self.in_features, device=device), requires_grad=False)
         self.register_buffer('dual', torch.zeros(self.taxonomy.n_leaves, n, device=device))
+
+    def _load_from_state_dict(self, state:dict, prefix:str, *args)->None:
+        if prefix + 'weight' in state: self.allot(len(state[prefix + 'weight']))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def kernel(self,
         x:Tensor, # (B, D) unit vectors
@@ -124,7 +127,7 @@ def prepare(self:KernelRidge,
     gram = self.kernel(self.weight); gram.diagonal().add_(self.ridge)
     self.dual.copy_(torch.cholesky_solve(y.to(gram.dtype), torch.linalg.cholesky(gram)).T)
 
-# %% ../nbs/09_committee.ipynb #9e6f630a
+# %% ../nbs/09_committee.ipynb #4c9e2b7d
 default_members = (
     dict(head='classifier'),
     dict(head='hace', base='arcface', base_kw=dict(s=16., m=0.2), eps=0.3),
@@ -150,7 +153,8 @@ class Committee(LeafHead):
         for o in self.members:
             name, kw = o['head'], {k: v for k,v in o.items() if k != 'head'}
             block = EmbeddingNet(in_features, dim, kind='none') if getattr(HEADS[name], 'embedding', '') == 'none' else EmbeddingNet(in_features, dim, dropout=dropout)
-            head = create_head(name, block.out_features, taxonomy, class_weights=class_weights, **kw)
+            if class_weights is not None: kw['class_weights'] = class_weights
+            head = create_head(name, block.out_features, taxonomy, **kw)
             if not isinstance(head, LeafHead): raise HiermetricError(f"Members of a committee are heads with one logit a leaf, and {name!r} is not.")
             self.blocks.append(block); self.heads.append(head)
         self.register_buffer('log_weight', torch.zeros(len(self.heads))); self.register_buffer('log_sharpness', torch.zeros(len(self.heads)))
