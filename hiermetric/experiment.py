@@ -18,10 +18,10 @@ from torch import Tensor
 from .core import HiermetricError, atomic_path, did_you_mean, fingerprint
 from .taxonomy import Taxonomy
 from .features import Features
-from .heads import HEADS, create_head, power_normalise
+from .heads import HEADS, Model, create_head, power_normalise
 from .metrics import mistake_height, per_sample, summarise
 from .decisions import TemperatureScaling, create_rule
-from .training import Run, fit, predict, split_tensors
+from .training import Run, fit, load_run, predict, split_tensors
 
 # %% auto #0
 __all__ = ['recipes', 'margins', 'search_space', 'shown_metrics', 'Variant', 'trials', 'tune_head', 'Verdict', 'judge',
@@ -252,6 +252,7 @@ class Report:
     settings:dict[str,dict] # head -> what it was trained with
     tuning:pd.DataFrame|None=None # one row a trial; None where nothing was tuned
     info:dict = field(default_factory=dict) # provenance: data, versions, command, seconds
+    folders:dict[tuple[str,int], Path] = field(default_factory=dict) # (head, seed) -> where its run lies; empty where nothing was kept
 
     @property
     def summary(self)->pd.DataFrame: # index head, rule, metric; columns mean, half (of the 95 % interval over seeds), lo, hi (of the difference)
@@ -324,19 +325,20 @@ def compare(
     for rule in rules: create_rule(rule)
     data = [(x, t.numpy()) for x, t in (split_tensors(features, s) for s in ('val', 'test'))]
     node_probs = lambda model: [(predict(model, x), t) for x, t in data]
-    verdicts, tuning, chosen = {}, None, {}
+    verdicts, tuning, chosen, folders = {}, None, {}, {}
     with _bar(progress, len(variants)*(tune + seeds) + yardstick) as job:
         if tune: variants, tuning = zip(*(tune_head(features, v, tune, runs, job) for v in variants))
         for v, seed in itertools.product(variants, range(seeds)):
             with job(f'{v.label}, seed {seed}') as tell: run = fit(features, **v.settings, seed=seed, out=_folder(runs, features, v, f'seed{seed}'), log=('csv', tell))
             verdicts[v.label, seed] = judge(*node_probs(run.model), features.taxonomy, rules)
+            if run.out: folders[v.label, seed] = run.out
             chosen[v.label] = {k: o for k,o in run.settings.items() if k != 'seed'}
         if yardstick:
             with job('LogisticRegression'): probs, chosen['LogisticRegression'] = _yardstick(features, runs)
             verdicts['LogisticRegression', 0] = judge(*((features.taxonomy.node_probs(torch.as_tensor(probs[s])), t) for s, (_, t) in zip(('val', 'test'), data)), features.taxonomy, rules)
     tables = _by_row(verdicts)
     report = Report(_runs(verdicts), _differences(tables, draws), {k: np.stack([t.node for t in ts]).astype(np.int32) for k, ts in tables.items()}, data[1][1], features.taxonomy,
-                    chosen, None if tuning is None else pd.concat(tuning, ignore_index=True), _provenance(features, seeds, tune, draws, start))
+                    chosen, None if tuning is None else pd.concat(tuning, ignore_index=True), _provenance(features, seeds, tune, draws, start), folders)
     if out: report.save(out)
     return report
 
@@ -585,3 +587,10 @@ def save(self:Report, out:str|Path)->Path: # of the HTML file
     for name, table in files.items():
         with atomic_path(out/name) as tmp: table.to_csv(tmp)
     return self.to_html(out/'report.html')
+
+# %% ../nbs/15_experiment.ipynb #5f0cab41
+@patch
+def model(self:Report, head:str, seed:int=0)->Model: # in evaluation mode
+    "A trained model of the comparison; it must have been run with `out`"
+    if (head, seed) not in self.folders: raise HiermetricError(f"There is no model of {head!r} with seed {seed} here; there are {', '.join(f'{h} {s}' for h,s in self.folders) or 'none: a comparison keeps its models only with out=…'}.")
+    return load_run(self.folders[head, seed], self.taxonomy).model
