@@ -116,7 +116,7 @@ def slow_attention(head, x, v):
     tax, protos = head.taxonomy, []
     for j,leaf in enumerate(tax.leaves.tolist()):
         path = tax.ancestors(leaf).tolist()[1:]; d = len(path)
-        b = torch.zeros(d, dtype=x.dtype) if head.score is None else head.score[j, :d]
+        b = torch.zeros(d, dtype=x.dtype) if head.score is None else head.rate*head.score[j, :d]
         a = [float(k == d-1) for k in range(d)] if head.attention == 'leaf' else (b.exp()/b.exp().sum())
         protos.append(sum((a[k]*(F.normalize(head.weight[n-1], dim=0) if head.cosine else d*head.weight[n-1]) for k,n in enumerate(path)), torch.zeros_like(x)))
     if not head.cosine: return -torch.log(mass(torch.stack([p@x + b for p,b in zip(protos, head.bias)]), tax, v))
@@ -144,7 +144,7 @@ def test_loss_is_the_slow_loss(kind, tax, seed):
     head = head.double(); emb, t = batch(tax, 3, seed)
     if 'semantic' in kind: emb = torch.randn(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     if getattr(head, 'score', None) is not None:
-        with torch.no_grad(): head.score.add_(torch.randn_like(head.score))
+        with torch.no_grad(): head.score.add_(torch.randn_like(head.score)/head.rate)
     want = torch.stack([SLOW[kind.split()[0]](head, emb[i], int(v)) for i,v in enumerate(t)])
     eps = 1e-5 if 'semantic' in kind else 1e-8   # its fixed vectors are kept in float32
     assert torch.allclose(head.loss(emb, t), want.mean(), rtol=1e-6, atol=eps)
@@ -394,6 +394,7 @@ def test_to_double_and_back_keeps_the_fixed_parts():
     (lambda: HACE(D, TAX, 'hxe'), "'hxe' is not"),
     (lambda: HierarchicalAttention(D, TAX, 'all'), "There is no attention 'all'"),
     (lambda: HierarchicalAttention(D, TAX, leaf_share=1.), 'leaf_share is a share between 0 and 1'),
+    (lambda: HierarchicalAttention(D, TAX, rate=0), 'rate must be a number above 0'),
     (lambda: ArcFaceMultiHead(D, TAX, m=30), 'looks like degrees'),
     (lambda: ArcFaceMultiHead(D, TAX, joint='sum'), "There is no joint score 'sum'"),
     (lambda: SemanticEmbedding(D, TAX, s=0), 'must be above 0'),
