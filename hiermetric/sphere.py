@@ -15,9 +15,9 @@ from .heads import Head, check_targets, prototypes
 from .aam import TAILS, add_margin, unit
 
 # %% auto #0
-__all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'path_targets', 'bce', 'FocalLoss',
-           'AsymmetricLoss', 'create_criterion', 'path_sums', 'closure', 'sibling_log_softmax', 'decode_nodes',
-           'NodeHead', 'tree_prior', 'node_frequency', 'SphereMulti', 'sphere_thesis']
+__all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'path_targets', 'path_sums', 'tree_prior',
+           'node_frequency', 'bce', 'FocalLoss', 'AsymmetricLoss', 'create_criterion', 'closure', 'sibling_log_softmax',
+           'decode_nodes', 'NodeHead', 'SphereMulti', 'sphere_thesis']
 
 # %% ../nbs/07_sphere.ipynb #e6fd52f6
 def path_targets(
@@ -30,6 +30,37 @@ def path_targets(
     positive = (u <= v) & (v <= last[1:])
     if targets.device.type == 'cpu' and (taxonomy.tensor('heights')[targets] == 0).all(): return positive, None
     return positive, (u <= v) | (u > last[v])
+
+# %% ../nbs/07_sphere.ipynb #76aadfda
+def path_sums(
+    x:Tensor, # (…, N−1) a number for every node but the root
+    taxonomy:Taxonomy, # tree over the N nodes
+)->Tensor: # (…, N−1) float64
+    "Sums from below the root down to each node"
+    x = x.double()
+    end = taxonomy.tensor('last', x.device)[1:]   # as a column, one past the subtree's last
+    gone = x.new_zeros(*x.shape[:-1], len(taxonomy)).index_add(-1, end, x)
+    return (x - gone[..., :-1]).cumsum(-1)
+
+# %% ../nbs/07_sphere.ipynb #2608df24
+def tree_prior(
+    taxonomy:Taxonomy, # N nodes, L leaves
+)->Tensor: # (N−1,) float32, in (0, 1]
+    "Share of the leaves that lie under each node"
+    return torch.as_tensor((taxonomy.leaf_stop - taxonomy.leaf_start)[1:]/taxonomy.n_leaves, dtype=torch.float32)
+
+# %% ../nbs/07_sphere.ipynb #196e901a
+def node_frequency(
+    targets:Tensor|Sequence[int], # (n,) node ids of training samples, leaves or not
+    taxonomy:Taxonomy, # N nodes
+)->Tensor: # (N−1,) float32, in (0, 1)
+    "How often each node is true among the samples whose label tells; one more of either kind is added, which keeps it off 0 and 1"
+    targets = targets.cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
+    count = torch.bincount(targets.long(), minlength=len(taxonomy)).double()
+    upto = F.pad(count.cumsum(0), (1, 0))
+    below = upto[taxonomy.tensor('last') + 1] - upto[:-1]                # at the node or under it
+    above = path_sums(count[taxonomy.tensor('parents')[1:]], taxonomy)   # strictly above it
+    return ((below[1:] + 1)/(len(targets) - above + 2)).float()
 
 # %% ../nbs/07_sphere.ipynb #aa438cd6
 def bce(
@@ -84,17 +115,6 @@ def _choice(what:str, value:str, known:Sequence[str])->str:
     "`value`, if it is known"
     if value not in known: raise HiermetricError(f"There is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}")
     return value
-
-# %% ../nbs/07_sphere.ipynb #76aadfda
-def path_sums(
-    x:Tensor, # (…, N−1) a number for every node but the root
-    taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (…, N−1) float64
-    "Sums from below the root down to each node"
-    x = x.double()
-    end = taxonomy.tensor('last', x.device)[1:]   # as a column, one past the subtree's last
-    gone = x.new_zeros(*x.shape[:-1], len(taxonomy)).index_add(-1, end, x)
-    return (x - gone[..., :-1]).cumsum(-1)
 
 # %% ../nbs/07_sphere.ipynb #88442dff
 def _max_into(x:Tensor, at:Tensor, values:Tensor)->Tensor: # (…, N), (K,), (…, K) to (…, N)
@@ -153,7 +173,7 @@ def decode_nodes(
     if how == 'closure': return closure(F.pad(logits.sigmoid(), (1, 0), value=1.), taxonomy)
     return F.pad(path_sums(F.logsigmoid(logits), taxonomy).exp().to(logits.dtype), (1, 0), value=1.)
 
-# %% ../nbs/07_sphere.ipynb #dee154e3
+# %% ../nbs/07_sphere.ipynb #4fa3803c
 class NodeHead(Head):
     "A head with one logit for every node but the root; a subclass sets `weight`, defines `logits(emb)` and may define `train_logits(emb, positive)` and `node_loss(node_logits, targets)`"
     def __init__(self,
@@ -162,28 +182,41 @@ class NodeHead(Head):
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
         criterion:str='bce', # loss of a cell, one of `CRITERIA`
         criterion_kw:dict|None=None, # its settings
-        node_weights:str|Sequence[float]|Tensor='uniform', # a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+        node_weights:float|str|Sequence[float]|Tensor=.75, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+        prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: `tree_prior`, until `prepare` counts
     ):
         super().__init__(in_features, taxonomy)
         if len(taxonomy) < 2: raise HiermetricError("A head with node logits needs a tree with at least one node below the root.")
         self.decode, self.criterion, self.criterion_kw = _choice('decoding', decode, DECODES), criterion, criterion_kw
         self.cell_loss = create_criterion(criterion, **(criterion_kw or {}))
-        self.register_buffer('node_weights', _node_weights(node_weights, taxonomy))
+        self.weight_power = float(node_weights) if isinstance(node_weights, (int, float)) else None
+        self.prior_given = prior is not None
+        self.register_buffer('prior', _prior(prior, taxonomy))
+        self.register_buffer('node_weights', _node_weights(node_weights, taxonomy, self.prior))
 
     def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def train_logits(self, emb:Tensor, positive:Tensor)->Tensor: return self.logits(emb)
     def full(self, emb:Tensor)->Tensor: return emb.to(torch.promote_types(self.weight.dtype, torch.float32))
 
-# %% ../nbs/07_sphere.ipynb #b8fd3d99
-def _node_weights(w:str|Sequence[float]|Tensor, tax:Taxonomy)->Tensor: # (N−1,) float32, N−1 in sum
-    "Weights by level or by node"
-    if not isinstance(w, str):
-        w = torch.as_tensor(w, dtype=torch.float64)
-        if w.shape == (len(tax)-1,) and w.isfinite().all() and (w >= 0).all() and w.any(): return (w*(w.numel()/w.sum())).float()
-        if w.shape != (tax.height,): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
-    return torch.as_tensor(tax.level_weights(w if isinstance(w, str) else w.tolist())[1:], dtype=torch.float32)
+# %% ../nbs/07_sphere.ipynb #ded09db7
+def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy)->Tensor: # (N−1,) float32
+    "Looked over"
+    p = tree_prior(tax) if p is None else torch.as_tensor(p, dtype=torch.float32).clone()
+    if p.shape != (len(tax)-1,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {len(tax)-1} probabilities above 0, one for each node below the root; got shape {tuple(p.shape)}. `node_frequency` counts them.")
+    return p
 
-# %% ../nbs/07_sphere.ipynb #9bdd4d5a
+def _node_weights(w:float|str|Sequence[float]|Tensor, tax:Taxonomy, prior:Tensor|None=None)->Tensor: # (N−1,) float32, N−1 in sum
+    "Weights by frequency, by level or by node"
+    if isinstance(w, str): return torch.as_tensor(tax.level_weights(w)[1:], dtype=torch.float32)
+    if isinstance(w, (int, float)):
+        if not math.isfinite(w): raise HiermetricError(f"The power of the node weights must be a number, not {w}; 0 (all equal) to 1 is usual.")
+        w = (tree_prior(tax) if prior is None else prior)**-w
+    w = torch.as_tensor(w, dtype=torch.float64)
+    if w.shape == (len(tax)-1,) and w.isfinite().all() and (w >= 0).all() and w.any(): return (w*(w.numel()/w.sum())).float()
+    if w.shape != (tax.height,): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
+    return _node_weights(tax.level_weights(w.tolist())[1:], tax)
+
+# %% ../nbs/07_sphere.ipynb #aac62315
 @patch
 def forward(self:NodeHead,
     emb:Tensor, # (B, D)
@@ -191,6 +224,16 @@ def forward(self:NodeHead,
     "Logits of the nodes below the root"
     self.check(emb)
     with torch.autocast(emb.device.type, enabled=False): return self.logits(self.full(emb))
+
+@patch
+@torch.no_grad()
+def prepare(self:NodeHead,
+    emb:Tensor, # (n, D) embeddings of the training split
+    targets:Tensor, # (n,) their node ids
+)->None:
+    "Before training: count how often each node is true, for weights that depend on it; a prior that was given stays"
+    if not self.prior_given: self.prior.copy_(node_frequency(targets, self.taxonomy))
+    if self.weight_power is not None: self.node_weights.copy_(_node_weights(self.weight_power, self.taxonomy, self.prior))
 
 @patch
 def node_probs(self:NodeHead,
@@ -221,27 +264,8 @@ def node_loss(self:NodeHead,
     if known is not None: cells = cells*known
     return (cells@self.node_weights.to(cells.dtype)).sum()/max(cells.numel(), 1)
 
-# %% ../nbs/07_sphere.ipynb #6f692569
-def tree_prior(
-    taxonomy:Taxonomy, # N nodes, L leaves
-)->Tensor: # (N−1,) float32, in (0, 1]
-    "Share of the leaves that lie under each node"
-    return torch.as_tensor((taxonomy.leaf_stop - taxonomy.leaf_start)[1:]/taxonomy.n_leaves, dtype=torch.float32)
-
-def node_frequency(
-    targets:Tensor|Sequence[int], # (n,) node ids of training samples, leaves or not
-    taxonomy:Taxonomy, # N nodes
-)->Tensor: # (N−1,) float32, in (0, 1)
-    "How often each node is true among the samples whose label tells; one more of either kind is added, which keeps it off 0 and 1"
-    targets = targets.cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
-    count = torch.bincount(targets.long(), minlength=len(taxonomy)).double()
-    upto = F.pad(count.cumsum(0), (1, 0))
-    below = upto[taxonomy.tensor('last') + 1] - upto[:-1]                # at the node or under it
-    above = path_sums(count[taxonomy.tensor('parents')[1:]], taxonomy)   # strictly above it
-    return ((below[1:] + 1)/(len(targets) - above + 2)).float()
-
-# %% ../nbs/07_sphere.ipynb #e3bf3470
-MARGINS, BIASES, SCALES = ('positives', 'both', 'all'), ('learned', 'fixed', 'none'), ('learned', 'label', 'fixed')
+# %% ../nbs/07_sphere.ipynb #7598ede5
+MARGINS, BIASES, SCALES = ('positives', 'both', 'all'), ('learned', 'fixed', 'none'), ('fixed', 'learned', 'label')
 
 class SphereMulti(NodeHead):
     "Hyperspherical multi-label head: node logits s·cos θ + bias, with a margin in training"
@@ -252,46 +276,36 @@ class SphereMulti(NodeHead):
         m:float=0.1, # margin, radians, in [0, π)
         margin:str='positives', # who gets it: 'positives' in training, 'both' in training (negatives −m), or 'all', also at inference
         bias:str='learned', # 'learned' or 'fixed', from the logit of the prior; or 'none'
-        scale:str='learned', # 'learned' (one number), 'label' (one for each node) or 'fixed'
+        scale:str='fixed', # 'fixed', 'learned' (one number) or 'label' (one for each node)
         prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: `tree_prior`, until `prepare` counts
         tail:str='smooth', # cosine past θ = π − m: 'smooth' or 'jump', see `add_margin`
         init:str='xavier_uniform', # rule that fills `weight`
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
         criterion:str='bce', # loss of a cell, one of `CRITERIA`
         criterion_kw:dict|None=None, # its settings
-        node_weights:str|Sequence[float]|Tensor='uniform', # a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+        node_weights:float|str|Sequence[float]|Tensor=.75, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
     ):
-        super().__init__(in_features, taxonomy, decode, criterion, criterion_kw, node_weights)
+        super().__init__(in_features, taxonomy, decode, criterion, criterion_kw, node_weights, prior)
         if not 0 < s < math.inf: raise HiermetricError(f"The scale s must be a positive number, not {s}; 8 to 64 is usual.")
         if not 0 <= m < math.pi: raise HiermetricError(f"The margin m must be an angle in [0, π) radians, not {m}; 0 to 0.5 is usual." + (' That looks like degrees.' if m > math.pi else ''))
         self.s, self.m, self.init, self.tail = float(s), float(m), init, _choice('tail', tail, TAILS)
         self.margin, self.bias, self.scale = _choice('margin', margin, MARGINS), _choice('bias', bias, BIASES), _choice('scale', scale, SCALES)
         n = len(taxonomy) - 1
         self.weight = prototypes(n, in_features, init)
-        self.prior_given = prior is not None
-        self.register_buffer('prior', _prior(prior, taxonomy))
         self.offset = nn.Parameter(_bias(self.prior) if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
         self.log_s = nn.Parameter(torch.full((n,) if scale == 'label' else (), math.log(s)), requires_grad=scale != 'fixed')
 
-# %% ../nbs/07_sphere.ipynb #b81deb70
-def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy)->Tensor: # (N−1,) float32
-    "Looked over"
-    p = tree_prior(tax) if p is None else torch.as_tensor(p, dtype=torch.float32).clone()
-    if p.shape != (len(tax)-1,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {len(tax)-1} probabilities above 0, one for each node below the root; got shape {tuple(p.shape)}. `node_frequency` counts them.")
-    return p
-
+# %% ../nbs/07_sphere.ipynb #f583d60e
 def _bias(prior:Tensor)->Tensor: return prior.clamp(1e-6, .99).logit()
 
-# %% ../nbs/07_sphere.ipynb #f22576b4
 @patch
 @torch.no_grad()
 def prepare(self:SphereMulti,
     emb:Tensor, # (n, D) embeddings of the training split
     targets:Tensor, # (n,) their node ids
 )->None:
-    "Before training: count how often each node is true, and start the bias there; a prior that was given stays"
-    if self.prior_given: return
-    self.prior.copy_(node_frequency(targets, self.taxonomy))
+    "Before training: as `NodeHead.prepare`, and the bias starts at the counted frequencies"
+    NodeHead.prepare(self, emb, targets)
     if self.bias != 'none': self.offset.copy_(_bias(self.prior))
 
 # %% ../nbs/07_sphere.ipynb #bc089791
@@ -328,7 +342,7 @@ def train_logits(self:SphereMulti,
     other = -add_margin(-cos, self.m, self.tail) if self.margin == 'both' else cos
     return self.affine(torch.where(positive, add_margin(cos, self.m, self.tail), other))
 
-# %% ../nbs/07_sphere.ipynb #e011106d
+# %% ../nbs/07_sphere.ipynb #7f8f3379
 def sphere_thesis(
     in_features:int, # D
     taxonomy:Taxonomy, # N nodes
@@ -339,7 +353,7 @@ def sphere_thesis(
     decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
     criterion:str='bce', # loss of a cell, one of `CRITERIA`
     criterion_kw:dict|None=None, # its settings
-    node_weights:str|Sequence[float]|Tensor='uniform', # a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+    node_weights:float|str|Sequence[float]|Tensor='uniform', # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
 )->SphereMulti: # margin on every label, also at inference; no bias, fixed scale
     "@eq-thesis, kept for comparison"
     return SphereMulti(in_features, taxonomy, s, m, margin='all', bias='none', scale='fixed', tail=tail, init=init, decode=decode, criterion=criterion, criterion_kw=criterion_kw, node_weights=node_weights)

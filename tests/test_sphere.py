@@ -194,7 +194,7 @@ def slow_loss(head, emb, targets):
 
 @pytest.mark.parametrize('kw', SWITCHES, ids=lambda kw: '-'.join(kw.values()))
 @settings(max_examples=4, deadline=None)
-@given(seed=st.integers(0, 999), criterion=st.sampled_from([*CRITERIA]), weights=st.sampled_from(['uniform', 'deep', [1., 0., 2., 1.], [float(i) for i in range(N-1)]]), m=st.sampled_from([0., .3, 1.]))
+@given(seed=st.integers(0, 999), criterion=st.sampled_from([*CRITERIA]), weights=st.sampled_from([.75, 0, 'deep', [1., 0., 2., 1.], [float(i) for i in range(N-1)]]), m=st.sampled_from([0., .3, 1.]))
 def test_loss_is_the_slow_loss(kw, seed, criterion, weights, m):
     head = make(s=4., m=m, criterion=criterion, node_weights=weights, **kw).double()
     with torch.no_grad(): head.offset += .1*randn(N-1, seed=seed); head.log_s += .1*randn(*head.log_s.shape, seed=seed)
@@ -284,8 +284,10 @@ def test_new_head_says_the_prior():
 def test_prepare_counts_unless_told(bias, tmp_path):
     t = torch.tensor([3, 3, 1, 9, 0]); x = torch.zeros(5, D); head = make(bias=bias); head.prepare(x, t); freq = node_frequency(t, TAX)
     assert torch.equal(head.prior, freq) and head.offset.requires_grad == (bias == 'learned')
+    want = freq.double()**-.75; assert torch.allclose(head.node_weights.double(), want*(N-1)/want.sum())
+    for given in ('deep', [1., 2., 3., 4.], torch.arange(1., N)): other = make(node_weights=given); before = other.node_weights.clone(); other.prepare(x, t); assert torch.equal(other.node_weights, before)
     assert torch.allclose(head(x)[0].sigmoid(), freq if bias != 'none' else torch.tensor(.5).expand(N-1), atol=1e-6)
-    given = make(bias=bias, prior=[.5]*(N-1)); given.prepare(x, t); assert torch.equal(given.prior, torch.full((N-1,), .5))
+    given = make(bias=bias, prior=[.5]*(N-1)); given.prepare(x, t); assert torch.equal(given.prior, torch.full((N-1,), .5)) and torch.allclose(given.node_weights, torch.ones(N-1))
     model = Model(EmbeddingNet(12, D), head).eval(); model.save(tmp_path/'m'); assert torch.equal(Model.load(tmp_path/'m').head.prior, freq)
 
 @settings(max_examples=40, deadline=None)
@@ -314,7 +316,7 @@ def test_thesis_form_is_saved_as_what_it_is(tmp_path):
 
 def test_mistakes_get_a_sentence():
     for kw, says in ((dict(m=30.), 'degrees'), (dict(m=-1.), 'angle'), (dict(s=0.), 'positive'), (dict(s=math.inf), 'positive'), (dict(decode='leaf'), "'leaves'"), (dict(criterion='bec'), "'bce'"), (dict(criterion='focal', criterion_kw=dict(gama=1)), 'does not take'),
-                     (dict(node_weights=[1., 2.]), 'one for each level'), (dict(node_weights=torch.zeros(N-1)), 'not all 0'), (dict(node_weights=-torch.ones(N-1)), 'none below 0'), (dict(prior=torch.zeros(N-1)), 'above 0'), (dict(prior=torch.full((N-1,), math.nan)), 'above 0'), (dict(tail='smoth'), "'smooth'")):
+                     (dict(node_weights=[1., 2.]), 'one for each level'), (dict(node_weights=torch.zeros(N-1)), 'not all 0'), (dict(node_weights=math.nan), 'power'), (dict(node_weights=-torch.ones(N-1)), 'none below 0'), (dict(prior=torch.zeros(N-1)), 'above 0'), (dict(prior=torch.full((N-1,), math.nan)), 'above 0'), (dict(tail='smoth'), "'smooth'")):
         with pytest.raises(HiermetricError, match=says): make(**kw)
     head = make()
     for bad, says in ((lambda: head.loss(torch.randn(2, D), [0, N]), 'no node'), (lambda: head.loss(torch.randn(2, D), [0]), '(2,)'), (lambda: head(torch.randn(2, D+1)), 'do not fit'), (lambda: head(torch.full((1, D), math.nan)), 'NaN'), (lambda: SphereMulti(D, Taxonomy(['a'], [-1])), 'at least one node')):
