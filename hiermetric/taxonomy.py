@@ -91,6 +91,7 @@ class Names(Sequence):
         i:int|slice|Iterable[int], # one number or several
     )->str|list[str]: # one name, or a list of them
         "Names by number"
+        if isinstance(i, str): raise TaxonomyError(f"Names are found by number, not by {i!r}; `index` of the taxonomy gives the number of a name.")
         if isinstance(i, slice): i = range(len(self))[i]
         if hasattr(i, '__iter__') and getattr(i, 'ndim', 1): return [self[o] for o in i]
         i = range(len(self))[int(i)]

@@ -540,3 +540,6 @@ def test_parallel_sums_are_made_to_ascend(steps):
     out = taxonomy._ascending(noisy)
     assert (out.diff()>=0).all() and out.tolist()==np.maximum.accumulate(noisy.detach().numpy()).tolist()
     out.sum().backward(); assert (noisy.grad==1).all()
+
+def test_a_name_is_no_number():
+    with pytest.raises(TaxonomyError, match="not by 'cod'"): Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'}).names['cod']
