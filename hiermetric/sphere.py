@@ -173,7 +173,7 @@ def decode_nodes(
     if how == 'closure': return closure(F.pad(logits.sigmoid(), (1, 0), value=1.), taxonomy)
     return F.pad(path_sums(F.logsigmoid(logits), taxonomy).exp().to(logits.dtype), (1, 0), value=1.)
 
-# %% ../nbs/07_sphere.ipynb #4fa3803c
+# %% ../nbs/07_sphere.ipynb #571435e9
 class NodeHead(Head):
     "A head with one logit for every node but the root; a subclass sets `weight`, defines `logits(emb)` and may define `train_logits(emb, positive)` and `node_loss(node_logits, targets)`"
     def __init__(self,
@@ -182,7 +182,7 @@ class NodeHead(Head):
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
         criterion:str='bce', # loss of a cell, one of `CRITERIA`
         criterion_kw:dict|None=None, # its settings
-        node_weights:float|str|Sequence[float]|Tensor=.75, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
         prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: `tree_prior`, until `prepare` counts
     ):
         super().__init__(in_features, taxonomy)
@@ -264,7 +264,7 @@ def node_loss(self:NodeHead,
     if known is not None: cells = cells*known
     return (cells@self.node_weights.to(cells.dtype)).sum()/max(cells.numel(), 1)
 
-# %% ../nbs/07_sphere.ipynb #7598ede5
+# %% ../nbs/07_sphere.ipynb #af27cd97
 MARGINS, BIASES, SCALES = ('positives', 'both', 'all'), ('learned', 'fixed', 'none'), ('fixed', 'learned', 'label')
 
 class SphereMulti(NodeHead):
@@ -283,7 +283,7 @@ class SphereMulti(NodeHead):
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
         criterion:str='bce', # loss of a cell, one of `CRITERIA`
         criterion_kw:dict|None=None, # its settings
-        node_weights:float|str|Sequence[float]|Tensor=.75, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
     ):
         super().__init__(in_features, taxonomy, decode, criterion, criterion_kw, node_weights, prior)
         if not 0 < s < math.inf: raise HiermetricError(f"The scale s must be a positive number, not {s}; 8 to 64 is usual.")
