@@ -216,7 +216,7 @@ def _node_weights(w:float|str|Sequence[float]|Tensor, tax:Taxonomy, prior:Tensor
     if w.shape != (tax.height,): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
     return _node_weights(tax.level_weights(w.tolist())[1:], tax)
 
-# %% ../nbs/07_sphere.ipynb #aac62315
+# %% ../nbs/07_sphere.ipynb #42a13fdf
 @patch
 def forward(self:NodeHead,
     emb:Tensor, # (B, D)
@@ -226,7 +226,6 @@ def forward(self:NodeHead,
     with torch.autocast(emb.device.type, enabled=False): return self.logits(self.full(emb))
 
 @patch
-@torch.no_grad()
 def prepare(self:NodeHead,
     emb:Tensor, # (n, D) embeddings of the training split
     targets:Tensor, # (n,) their node ids
@@ -295,18 +294,18 @@ class SphereMulti(NodeHead):
         self.offset = nn.Parameter(_bias(self.prior) if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
         self.log_s = nn.Parameter(torch.full((n,) if scale == 'label' else (), math.log(s)), requires_grad=scale != 'fixed')
 
-# %% ../nbs/07_sphere.ipynb #f583d60e
+# %% ../nbs/07_sphere.ipynb #56ea6559
 def _bias(prior:Tensor)->Tensor: return prior.clamp(1e-6, .99).logit()
 
 @patch
-@torch.no_grad()
 def prepare(self:SphereMulti,
     emb:Tensor, # (n, D) embeddings of the training split
     targets:Tensor, # (n,) their node ids
 )->None:
     "Before training: as `NodeHead.prepare`, and the bias starts at the counted frequencies"
     NodeHead.prepare(self, emb, targets)
-    if self.bias != 'none': self.offset.copy_(_bias(self.prior))
+    if self.bias != 'none':
+        with torch.no_grad(): self.offset.copy_(_bias(self.prior))
 
 # %% ../nbs/07_sphere.ipynb #bc089791
 @patch
