@@ -339,7 +339,7 @@ def losses(self:ArcFaceMultiHead,
     inside, outside = (group_logsumexp(z.masked_fill(o, low), level, H) for o in (~right, right))
     return F.softplus(outside - inside).sum(1)/max(H, 1)
 
-# %% ../nbs/09_paths.ipynb #ced82c4e
+# %% ../nbs/09_paths.ipynb #07199e80
 ATTENTIONS = ('learned', 'uniform', 'leaf')
 
 class HierarchicalAttention(ArcFace):
@@ -348,7 +348,7 @@ class HierarchicalAttention(ArcFace):
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves, N nodes, height H
         attention:str='learned', # or 'uniform' (path softmax) or 'leaf' (ArcFace)
-        leaf_share:float=0.8, # attention that the leaf has at the start of learning; the rest is spread evenly
+        leaf_share:float=0.5, # attention that the leaf has at the start of learning; the rest is spread evenly
         rate:float=10., # how much faster the attention learns than the vectors
         cosine:bool=True, # cosines with margin; else a linear layer with bias, to which s and m mean nothing
         s:float=16., # scale
@@ -364,9 +364,9 @@ class HierarchicalAttention(ArcFace):
         self.attention, self.leaf_share, self.rate, self.cosine = attention, float(leaf_share), float(rate), bool(cosine)
         self.weight, self.bias = prototypes(len(taxonomy)-1, in_features, init), None if cosine else nn.Parameter(torch.zeros(taxonomy.n_leaves))
         self.register_buffer('path', root_path(taxonomy.tensor('leaves'), taxonomy)[:, 1:] - 1, persistent=False)   # (L, H) rows of `weight`; the leaf's again below it
-        self.score = nn.Parameter(self.start()) if attention == 'learned' else None
+        self.score = nn.Parameter(torch.zeros(self.path.shape)) if attention == 'learned' else None
 
-# %% ../nbs/09_paths.ipynb #e1bc706b
+# %% ../nbs/09_paths.ipynb #76dc029a
 @patch
 def levels(self:HierarchicalAttention)->tuple[Tensor, Tensor]: # (H,) depths 1 â€¦ H, (L, 1) depth of each leaf
     "Where the entries of the (L, H) attention lie"
@@ -375,17 +375,17 @@ def levels(self:HierarchicalAttention)->tuple[Tensor, Tensor]: # (H,) depths 1 â
 
 @patch
 def start(self:HierarchicalAttention)->Tensor: # (L, H)
-    "What gives `leaf_share` to the leaf and the rest evenly to its ancestors"
+    "Scores whose softmax gives `leaf_share` to the leaf and the rest evenly to its ancestors"
     k, depth = self.levels()
-    return torch.where(k == depth, (self.leaf_share/(1 - self.leaf_share)*(depth - 1).clamp_min(1)).log(), 0.)/self.rate
+    return torch.where(k == depth, (self.leaf_share/(1 - self.leaf_share)*(depth - 1).clamp_min(1)).log(), 0.)
 
 @patch
 def shares(self:HierarchicalAttention)->Tensor: # (L, H) rows sum to 1, 0 below the leaf
     "The attention of each leaf for the nodes of its path"
     k, depth = self.levels()
     if self.attention == 'leaf': return (k == depth).to(self.weight.dtype)
-    score = torch.zeros(k.shape, device=depth.device, dtype=self.weight.dtype) if self.score is None else self.rate*self.full(self.score)
-    return score.expand(len(depth), -1).masked_fill(k > depth, -math.inf).softmax(1)
+    score = torch.zeros(self.path.shape, device=depth.device) if self.score is None else self.start() + self.rate*self.full(self.score)
+    return score.masked_fill(k > depth, -math.inf).softmax(1)
 
 # %% ../nbs/09_paths.ipynb #2f94c1be
 @patch

@@ -116,7 +116,7 @@ def slow_attention(head, x, v):
     tax, protos = head.taxonomy, []
     for j,leaf in enumerate(tax.leaves.tolist()):
         path = tax.ancestors(leaf).tolist()[1:]; d = len(path)
-        b = torch.zeros(d, dtype=x.dtype) if head.score is None else head.rate*head.score[j, :d]
+        b = torch.zeros(d, dtype=x.dtype) if head.score is None else torch.tensor([*[(1 - head.leaf_share)/max(d-1, 1)]*(d-1), head.leaf_share][:d] if d > 1 else [1.]*d, dtype=x.dtype).log() + head.rate*head.score[j, :d]
         a = [float(k == d-1) for k in range(d)] if head.attention == 'leaf' else (b.exp()/b.exp().sum())
         protos.append(sum((a[k]*(F.normalize(head.weight[n-1], dim=0) if head.cosine else d*head.weight[n-1]) for k,n in enumerate(path)), torch.zeros_like(x)))
     if not head.cosine: return -torch.log(mass(torch.stack([p@x + b for p,b in zip(protos, head.bias)]), tax, v))

@@ -7,7 +7,7 @@ from hiermetric.core import HiermetricError
 from hiermetric.heads import EmbeddingNet, Model, create_head
 from hiermetric.metrics import check_node_probs, leaf_distribution
 from hiermetric.sphere import (BIASES, CRITERIA, DECODES, LEAF_SCORES, MARGINS, SCALES, VETO, AsymmetricLoss, FocalLoss, NodeHead, SphereMulti, bce, closure, create_criterion,
-                               decode_nodes, node_frequency, path_sums, path_targets, sibling_log_softmax, sphere_thesis, tree_prior)
+                               decode_nodes, node_frequency, path_sums, path_targets, sibling_log_softmax, tree_prior)
 from hiermetric.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths({'lynx': 'mammal/cat/wild', 'tiger': 'mammal/cat/wild', 'tabby': 'mammal/cat', 'wolf': 'mammal/dog', 'fox': 'mammal/dog', 'owl': 'bird', 'wren': 'bird', 'stone': ''})
