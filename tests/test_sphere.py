@@ -285,9 +285,9 @@ def test_prepare_counts_unless_told(bias, tmp_path):
     t = torch.tensor([3, 3, 1, 9, 0]); x = torch.zeros(5, D); head = make(bias=bias); head.prepare(x, t); freq = node_frequency(t, TAX)
     assert torch.equal(head.prior, freq) and head.offset.requires_grad == (bias == 'learned')
     want = freq.double()**-.5; assert torch.allclose(head.node_weights.double(), want*(N-1)/want.sum())
-    for given in ('deep', [1., 2., 3., 4.], torch.arange(1., N)): other = make(node_weights=given); before = other.node_weights.clone(); other.prepare(x, t); assert torch.equal(other.node_weights, before)
+    for weights in ('deep', [1., 2., 3., 4.], torch.arange(1., N)): other = make(node_weights=weights); before = other.node_weights.clone(); other.prepare(x, t); assert torch.equal(other.node_weights, before)
     assert torch.allclose(head(x)[0].sigmoid(), freq if bias != 'none' else torch.tensor(.5).expand(N-1), atol=1e-6)
-    given = make(bias=bias, prior=[.5]*(N-1)); given.prepare(x, t); assert torch.equal(given.prior, torch.full((N-1,), .5)) and torch.allclose(given.node_weights, torch.ones(N-1))
+    told = make(bias=bias, prior=[.5]*(N-1)); told.prepare(x, t); assert torch.equal(told.prior, torch.full((N-1,), .5)) and torch.allclose(told.node_weights, torch.ones(N-1))
     model = Model(EmbeddingNet(12, D), head).eval(); model.save(tmp_path/'m'); assert torch.equal(Model.load(tmp_path/'m').head.prior, freq)
 
 @settings(max_examples=40, deadline=None)
