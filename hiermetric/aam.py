@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .core import HiermetricError, did_you_mean
+from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
 from .heads import LeafHead, prototypes
 
@@ -103,8 +103,7 @@ class ArcFace(CosineHead):
     ):
         super().__init__(in_features, taxonomy, s, init, class_weights)
         if not 0 <= m < math.pi: raise HiermetricError(f"The margin m must be an angle in [0, π) radians, not {m}; 0.1 to 0.5 is usual." + (' That looks like degrees.' if m > math.pi else ''))
-        if tail not in TAILS: raise HiermetricError(f"There is no tail {tail!r}; there are {', '.join(TAILS)}.{did_you_mean(tail, TAILS)}")
-        self.m, self.tail = float(m), tail
+        self.m, self.tail = float(m), choice('tail', tail, TAILS)
 
     def margin(self, cos:Tensor)->Tensor: return add_margin(cos, self.m, self.tail)
 

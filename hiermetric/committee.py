@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError
 from .taxonomy import Taxonomy
-from .heads import HEADS, EmbeddingNet, LeafHead, create_head, subtree_nll
+from .heads import EmbeddingNet, LeafHead, create_head, head_trait, subtree_nll
 from .aam import unit
 
 # %% auto #0
@@ -63,7 +63,7 @@ def prepare(self:TreeGaussian,
     "Fit @eq-gaussian"
     mean, n = tree_means(emb, targets, self.taxonomy, self.strength)
     leaves, x = self.taxonomy.tensor('leaves', emb.device), emb.double()
-    at_leaf = self.taxonomy.tensor('leaf_column', emb.device)[targets] >= 0
+    at_leaf = self.labels(targets)[0] >= 0
     if not at_leaf.any(): raise HiermetricError("TreeGaussian needs training images that are labelled with leaves, and there are none.")
     rest = (x - mean[targets])[at_leaf]
     cov = rest.T @ rest/len(rest)
@@ -121,9 +121,8 @@ def prepare(self:KernelRidge,
     self.allot(len(emb)); self.weight.data.copy_(unit(self.full(emb)))
     some = self.weight[::max(1, len(emb)//500)]
     self.spread.copy_((2 - 2*F.linear(some, self.weight)).median().clamp_min(1e-6))
-    start, stop = (self.taxonomy.tensor(k, emb.device)[targets, None] for k in ('leaf_start', 'leaf_stop'))
-    j = torch.arange(self.taxonomy.n_leaves, device=emb.device)
-    y = ((j >= start) & (j < stop))/(stop - start) - 1/self.taxonomy.n_leaves
+    column, under = self.labels(targets)
+    y = (F.one_hot(column, self.taxonomy.n_leaves) if under is None else under/under.sum(1, keepdim=True)) - 1/self.taxonomy.n_leaves
     gram = self.kernel(self.weight); gram.diagonal().add_(self.ridge)
     self.dual.copy_(torch.cholesky_solve(y.to(gram.dtype), torch.linalg.cholesky(gram)).T)
 
@@ -152,7 +151,7 @@ class Committee(LeafHead):
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleList()
         for o in self.members:
             name, kw = o['head'], {k: v for k,v in o.items() if k != 'head'}
-            block = EmbeddingNet(in_features, dim, kind='none') if getattr(HEADS[name], 'embedding', '') == 'none' else EmbeddingNet(in_features, dim, dropout=dropout)
+            block = EmbeddingNet(in_features, dim, kind='none') if head_trait(name, 'embedding') == 'none' else EmbeddingNet(in_features, dim, dropout=dropout)
             if class_weights is not None: kw['class_weights'] = class_weights
             head = create_head(name, block.out_features, taxonomy, **kw)
             if not isinstance(head, LeafHead): raise HiermetricError(f"Members of a committee are heads with one logit a leaf, and {name!r} is not.")

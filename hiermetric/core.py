@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['HiermetricError', 'did_you_mean', 'cache_dir', 'data_dir', 'atomic_path', 'fingerprint', 'download', 'unpack',
-           'Registry']
+__all__ = ['HiermetricError', 'did_you_mean', 'choice', 'cache_dir', 'data_dir', 'atomic_path', 'fingerprint', 'download',
+           'unpack', 'Registry']
 
 # %% ../nbs/00_core.ipynb #ec890681
 class HiermetricError(Exception):
@@ -29,6 +29,17 @@ def did_you_mean(
     "The nearest known names, as the tail of an error message"
     near = difflib.get_close_matches(str(name), [str(o) for o in known], n=most, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(o) for o in near)}?" if near else ''
+
+# %% ../nbs/00_core.ipynb #7af1571b
+def choice(
+    what:str, # what is chosen, for the message: 'head'
+    value:str, # what was asked for
+    known:Iterable[str], # what exists
+)->str: # `value`
+    "`value` if it is known; else an error that names what there is"
+    known = list(known)
+    if value not in known: raise HiermetricError(f"There is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}")
+    return value
 
 # %% ../nbs/00_core.ipynb #982cf7a9
 def cache_dir()->Path: # `$HIERMETRIC_CACHE`, else the user's cache folder
@@ -163,8 +174,7 @@ class Registry:
 
     def __getitem__(self, name:str)->Callable:
         "The entry itself, imported now if need be"
-        if name not in self.entries: raise HiermetricError(f"There is no {self.kind} {name!r}; there are {', '.join(self.entries)}.{did_you_mean(name, self.entries)}")
-        o = self.entries[name][0]
+        o = self.entries[choice(self.kind, name, self.entries)][0]
         if not isinstance(o, str): return o
         mod, _, attr = o.rpartition('.')
         return getattr(import_module(mod), attr)

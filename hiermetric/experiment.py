@@ -18,7 +18,7 @@ from torch import Tensor
 from .core import HiermetricError, atomic_path, did_you_mean, fingerprint
 from .taxonomy import Taxonomy
 from .features import Features
-from .heads import HEADS, Model, create_head, power_normalise
+from .heads import HEADS, Model, create_head, head_trait, power_normalise
 from .metrics import mistake_height, per_sample, summarise
 from .decisions import TemperatureScaling, create_rule
 from .training import Run, fit, load_run, predict, split_tensors
@@ -77,7 +77,7 @@ def trials(
     if n > len(recipes) + 1: raise HiermetricError(f"There are {len(recipes) + 1} different trials a head, not {n}; lower `tune`.")
     head, own = variant.settings['head'], search_space.get(variant.settings['head'], {})
     combos = [dict(zip(own, o)) for o in itertools.product(*own.values())]
-    inside = getattr(HEADS[head], 'embedding', 'linear') == 'none'   # such a head has its own projections, and dropout behind them
+    inside = head_trait(head, 'embedding') == 'none'   # such a head has its own projections, and dropout behind them
     def with_(recipe:dict, kw:dict)->Variant:
         outer = {k: v for k,v in recipe.items() if not (inside and k == 'dropout')}
         if inside and 'dropout' in inspect.signature(HEADS[head]).parameters: kw = kw | {'dropout': recipe['dropout']}
@@ -461,7 +461,7 @@ def plot_confusion(self:Report, heads:Sequence[str]|None=None, rule:str|None=Non
     rule = rule or next(iter(self.nodes))[1]
     import matplotlib.pyplot as plt, seaborn as sns
     from matplotlib.colors import PowerNorm
-    tax, heads, rule = self.taxonomy, list(heads or dict.fromkeys(h for h,_ in self.nodes))[:2], rule or next(iter(self.nodes))[1]
+    tax, heads = self.taxonomy, list(heads or dict.fromkeys(h for h,_ in self.nodes))[:2]
     fig, axes = plt.subplots(1, len(heads), figsize=(5.2*len(heads) + 1.8, 5.6), layout='constrained', squeeze=False, sharey=True)
     clades = _clades(tax); start, stop = (np.asarray(o)[clades] for o in (tax.leaf_start, tax.leaf_stop))
     middle, names = zip(*(((a+b-1)/2, tax.names[i]) for a, b, i in zip(start, stop, clades) if b-a >= tax.n_leaves/50))   # room for a name

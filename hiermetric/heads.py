@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, Registry, atomic_path, did_you_mean
+from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean
 from .taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll',
            'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads',
-           'register_head', 'create_head', 'Model']
+           'register_head', 'head_trait', 'create_head', 'Model']
 
 # %% ../nbs/05_heads.ipynb #7ff37cba
 def check_embeddings(
@@ -50,7 +50,7 @@ def check_targets(
 
 # %% ../nbs/05_heads.ipynb #7307cb7b
 class Head(nn.Module):
-    "What every head is. A subclass sets `weight` (its prototypes) and defines `forward`, `loss` and `node_probs`; it keeps each constructor argument as an attribute of the same name"
+    "What every head is. A subclass sets `weight` (its prototypes) and defines `logits`, `loss` and `node_probs`; it keeps each constructor argument as an attribute of the same name"
     weight: nn.Parameter # (rows, D) prototypes
     embedding: str = 'linear' # kind of `EmbeddingNet` that suits the head
     closed: bool = False # solved by `prepare`; one epoch, for its scale, is enough
@@ -63,6 +63,7 @@ class Head(nn.Module):
         if in_features < 1: raise HiermetricError(f"A head needs at least one input feature, not {in_features}.")
         self.in_features, self.taxonomy = int(in_features), taxonomy
 
+    def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
     def node_probs(self, emb:Tensor)->Tensor: raise NotImplementedError
     def leaf_probs(self, emb:Tensor)->Tensor: return self.node_probs(emb)[:, self.taxonomy.tensor('leaves', emb.device)]
@@ -78,6 +79,15 @@ class Head(nn.Module):
         check_embeddings(emb, self.in_features, values)
         if targets is not None: check_targets(targets, self.taxonomy, len(emb), values)
 
+    def full(self, emb:Tensor)->Tensor: return emb.to(torch.promote_types(self.weight.dtype, torch.float32))
+
+    def forward(self,
+        emb:Tensor, # (B, D)
+    )->Tensor: # (B, L) or (B, N−1), as the head scores leaves or nodes; float32 or better
+        "Logits at inference, no margin"
+        self.check(emb)
+        with torch.autocast(emb.device.type, enabled=False): return self.logits(self.full(emb))
+
     def extra_repr(self)->str: return f"in_features={self.in_features}, leaves={self.taxonomy.n_leaves}, nodes={len(self.taxonomy)}"
 
 # %% ../nbs/05_heads.ipynb #3d94fd78
@@ -89,8 +99,7 @@ def prototypes(
     init:str='xavier_uniform', # rule of `torch.nn.init`, one of `INITS`
 )->nn.Parameter: # (rows, D)
     "Learnable vectors, filled by a named rule"
-    if init not in INITS: raise HiermetricError(f"There is no initialisation {init!r}; there are {', '.join(INITS)}.{did_you_mean(init, INITS)}")
-    return nn.Parameter(getattr(nn.init, f'{init}_')(torch.empty(rows, dim)))
+    return nn.Parameter(getattr(nn.init, f"{choice('initialisation', init, INITS)}_")(torch.empty(rows, dim)))
 
 # %% ../nbs/05_heads.ipynb #071eecdf
 def subtree_nll(
@@ -117,7 +126,7 @@ def inverse_frequency(
 
 # %% ../nbs/05_heads.ipynb #45d956b5
 class LeafHead(Head):
-    "A head with one logit a leaf; a subclass defines `logits(emb)` and may define `train_logits(emb, column, under)`"
+    "A head with one logit a leaf; a subclass defines `logits(emb)`, and may define `train_logits(emb, column, under)` or, for a loss of its own, `losses(emb, targets, column, under)`"
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves, N nodes
@@ -128,10 +137,7 @@ class LeafHead(Head):
         if w.shape != (taxonomy.n_leaves,) or not w.isfinite().all() or (w < 0).any(): raise HiermetricError(f"Class weights must be {taxonomy.n_leaves} finite numbers, none below 0, in the order of tax.leaves; got shape {tuple(w.shape)}.")
         self.register_buffer('class_weights', w)
 
-    def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def train_logits(self, emb:Tensor, column:Tensor, under:Tensor|None)->Tensor: return self.logits(emb)
-
-    def full(self, emb:Tensor)->Tensor: return emb.to(torch.promote_types(self.weight.dtype, torch.float32))
 
     def labels(self,
         targets:Tensor, # (B,) node ids
@@ -143,14 +149,6 @@ class LeafHead(Head):
         return column, (j >= start[:, None]) & (j < stop[:, None])
 
 # %% ../nbs/05_heads.ipynb #ca543c75
-@patch
-def forward(self:LeafHead,
-    emb:Tensor, # (B, D)
-)->Tensor: # (B, L) logits at inference, float32 or better
-    "Logits of the leaves, no margin"
-    self.check(emb)
-    with torch.autocast(emb.device.type, enabled=False): return self.logits(self.full(emb))
-
 @patch
 def leaf_probs(self:LeafHead,
     emb:Tensor, # (B, D)
@@ -166,18 +164,26 @@ def node_probs(self:LeafHead,
     return self.taxonomy.node_probs(self.leaf_probs(emb))
 
 @patch
+def losses(self:LeafHead,
+    emb:Tensor, # (B, D) float32 or better
+    targets:Tensor, # (B,) int64 node ids, leaves or not
+    column:Tensor, under:Tensor|None, # of `labels(targets)`
+)->Tensor: # (B,)
+    "Negative log-likelihood of labels at any node"
+    z = self.train_logits(emb, column, under)
+    return F.cross_entropy(z, column, reduction='none') if under is None else subtree_nll(z, under)
+
+@patch
 def loss(self:LeafHead,
     emb:Tensor, # (B, D)
     targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
 )->Tensor: # scalar, weighted mean over the batch; 0 for an empty batch
-    "Negative log-likelihood of labels at any node"
+    "Weighted mean of `losses`"
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
-    column, under = self.labels(targets.long())
+    targets = targets.long(); column, under = self.labels(targets)
     with torch.autocast(emb.device.type, enabled=False):
-        z = self.train_logits(self.full(emb), column, under)
-        nll = F.cross_entropy(z, column, reduction='none') if under is None else subtree_nll(z, under)
         w = self.class_weights[column] if under is None else (under*self.class_weights).sum(1)/under.sum(1)
-        return (w*nll).sum()/w.sum().clamp_min(torch.finfo(w.dtype).tiny)
+        return (w*self.losses(self.full(emb), targets, column, under)).sum()/w.sum().clamp_min(torch.finfo(w.dtype).tiny)
 
 # %% ../nbs/05_heads.ipynb #f14a300e
 class Classifier(LeafHead):
@@ -216,7 +222,7 @@ class EmbeddingNet(nn.Module):
         power:float=1., # features are raised to it first, their sign kept; 1: left as they are
     ):
         super().__init__()
-        if kind not in EMBEDDINGS: raise HiermetricError(f"There is no embedding {kind!r}; there are {', '.join(EMBEDDINGS)}.{did_you_mean(kind, EMBEDDINGS)}")
+        choice('embedding', kind, EMBEDDINGS)
         if norm not in (None, 'batch'): raise HiermetricError(f"There is no norm {norm!r}; there are None and 'batch'.")
         if not 0 < power <= 1: raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
         if kind == 'none': out_features = in_features
@@ -268,6 +274,14 @@ def register_head(
     "Add a head of your own; `Model.save` and `Model.load` need this too"
     HEADS.register(name, cls, about)
 
+# %% ../nbs/05_heads.ipynb #5f0cab61
+def head_trait(
+    name:str, # one of `list_heads()`
+    trait:str, # attribute of `Head`: 'embedding', 'closed'
+)->str|bool:
+    "What a head says of itself before it is made; what is made by a function has the traits of `Head`"
+    return getattr(HEADS[name], trait, getattr(Head, trait))
+
 # %% ../nbs/05_heads.ipynb #f2000f1d
 def create_head(
     name:str, # one of `list_heads()`
@@ -298,6 +312,17 @@ class Model(nn.Module):
     @property
     def taxonomy(self)->Taxonomy: return self.head.taxonomy
     def embed(self, x:Tensor)->Tensor: return self.embedding(x)
+
+    @torch.no_grad()
+    def prepare(self, x:Tensor, targets:Tensor)->None:
+        "Show the head the training split before the first step; for heads that do not look nothing is embedded"
+        if type(self.head).prepare is not Head.prepare: self.head.prepare(self.eval().embed(x), targets)
+
+    @torch.no_grad()
+    def calibrate(self, x:Tensor, targets:Tensor)->None:
+        "The same after the last step, with the validation split"
+        if type(self.head).calibrate is not Head.calibrate: self.head.calibrate(self.eval().embed(x), targets)
+
     def forward(self, x:Tensor)->Tensor: return self.head(self.embed(x))
     def loss(self, x:Tensor, targets:Tensor)->Tensor: return self.head.loss(self.embed(x), targets)
     def node_probs(self, x:Tensor)->Tensor: return self.head.node_probs(self.embed(x))

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, did_you_mean
+from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
 from .heads import LeafHead, create_head, prototypes, subtree_nll
 from .aam import ArcFace, unit
+from .sphere import leaf_sums, sibling_log_softmax
 
 # %% auto #0
-__all__ = ['JOINTS', 'ATTENTIONS', 'root_path', 'path_rings', 'group_logsumexp', 'path_steps', 'PathHead', 'Objective',
-           'StepObjective', 'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels', 'SoftMaxMargin',
-           'path_sums', 'PathSoftmax', 'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention',
-           'semantic_vectors', 'SemanticEmbedding']
+__all__ = ['JOINTS', 'ATTENTIONS', 'root_path', 'path_rings', 'group_logsumexp', 'path_steps', 'Objective', 'StepObjective',
+           'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels', 'SoftMaxMargin', 'PathSoftmax',
+           'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention', 'semantic_vectors', 'SemanticEmbedding']
 
 # %% ../nbs/09_paths.ipynb #865202d1
 def root_path(
@@ -65,23 +65,8 @@ def path_steps(
     under = ring.flip(1).logcumsumexp(1).flip(1)
     return F.softplus(ring[:, :-1] - under[:, 1:])
 
-# %% ../nbs/09_paths.ipynb #3523d403
-class PathHead(LeafHead):
-    "A leaf head with a loss of its own; a subclass defines `losses(emb, targets)`, one number a sample"
-    def losses(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
-
-    def loss(self,
-        emb:Tensor, # (B, D)
-        targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
-    )->Tensor: # scalar, weighted mean over the batch; 0 for an empty batch
-        targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
-        targets = targets.long(); column, under = self.labels(targets)
-        w = self.class_weights[column] if under is None else (under*self.class_weights).sum(1)/under.sum(1)
-        with torch.autocast(emb.device.type, enabled=False):
-            return (w*self.losses(self.full(emb), targets)).sum()/w.sum().clamp_min(torch.finfo(w.dtype).tiny)
-
 # %% ../nbs/09_paths.ipynb #d886d0f3
-class Objective(PathHead):
+class Objective(LeafHead):
     "Another loss on the logits of any leaf head; a subclass defines `nll(logits, targets)`"
     def __init__(self,
         in_features:int, # D
@@ -99,7 +84,7 @@ class Objective(PathHead):
     def weight(self)->nn.Parameter: return self.head.weight
     def logits(self, emb:Tensor)->Tensor: return self.head.logits(emb)
     def nll(self, logits:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
-    def losses(self, emb:Tensor, targets:Tensor)->Tensor: return self.nll(self.head.train_logits(emb, *self.labels(targets)), targets)
+    def losses(self, emb:Tensor, targets:Tensor, column:Tensor, under:Tensor|None)->Tensor: return self.nll(self.head.train_logits(emb, column, under), targets)
 
 # %% ../nbs/09_paths.ipynb #84f0089f
 class StepObjective(Objective):
@@ -239,16 +224,6 @@ class SoftMaxMargin(Objective):
         d = leaf_costs(targets, self.taxonomy)
         return subtree_nll(logits + self.tau*d, d == 0)
 
-# %% ../nbs/09_paths.ipynb #2a62aa2e
-def path_sums(
-    x:Tensor, # (…, N) a value for each node
-    taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (…, N) of the same type
-    "Sum over the path from the root to each node, both included"
-    x64, after = x.double(), taxonomy.tensor('last', x.device) + 1
-    gone = torch.zeros_like(F.pad(x64, (0, 1))).index_add(-1, after, x64)[..., :-1]
-    return (x64 - gone).cumsum(-1).to(x.dtype)
-
 # %% ../nbs/09_paths.ipynb #01489abc
 class PathSoftmax(LeafHead):
     "Leaf score = sum of the node scores on its path; softmax over the leaves [@valmadre2022hierarchical]"
@@ -261,40 +236,29 @@ class PathSoftmax(LeafHead):
         super().__init__(in_features, taxonomy, class_weights)
         self.init, self.weight, self.bias = init, prototypes(len(taxonomy)-1, in_features, init), nn.Parameter(torch.zeros(len(taxonomy)-1))
 
-    def logits(self, emb:Tensor)->Tensor:
-        scores = F.pad(F.linear(emb, self.full(self.weight), self.full(self.bias)), (1, 0))
-        return path_sums(scores, self.taxonomy)[:, self.taxonomy.tensor('leaves', emb.device)]
+    def scores(self, emb:Tensor)->Tensor: return F.linear(emb, self.full(self.weight), self.full(self.bias))   # (B, N−1)
+    def logits(self, emb:Tensor)->Tensor: return leaf_sums(self.scores(emb), self.taxonomy)
 
 # %% ../nbs/09_paths.ipynb #75d2d77e
-class ConditionalSoftmax(PathHead):
+class ConditionalSoftmax(PathSoftmax):
     "A softmax among the children of every node; probabilities multiply along the path [@redmon2017yolo9000]"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        init:str='xavier_uniform', # rule that fills `weight` (N−1, D); `bias` starts at 0
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
-    ):
-        super().__init__(in_features, taxonomy, class_weights)
-        self.init, self.weight, self.bias = init, prototypes(len(taxonomy)-1, in_features, init), nn.Parameter(torch.zeros(len(taxonomy)-1))
-
     def log_conditionals(self,
         emb:Tensor, # (B, D)
-    )->Tensor: # (B, N) 0 at the root
+    )->Tensor: # (B, N−1)
         "log p(node | parent)"
-        parents, scores = self.taxonomy.tensor('parents', emb.device)[1:], F.linear(emb, self.full(self.weight), self.full(self.bias))
-        return F.pad(scores - group_logsumexp(scores, parents, len(self.taxonomy))[:, parents], (1, 0))
+        return sibling_log_softmax(self.scores(emb), self.taxonomy)
 
-    def logits(self, emb:Tensor)->Tensor: return path_sums(self.log_conditionals(emb), self.taxonomy)[:, self.taxonomy.tensor('leaves', emb.device)]
+    def logits(self, emb:Tensor)->Tensor: return leaf_sums(self.log_conditionals(emb), self.taxonomy)
 
-    def losses(self, emb:Tensor, targets:Tensor)->Tensor:
+    def losses(self, emb:Tensor, targets:Tensor, column:Tensor, under:Tensor|None)->Tensor:
         path, depth = root_path(targets, self.taxonomy), self.taxonomy.tensor('depths', emb.device)[targets, None]
-        steps = self.log_conditionals(emb).gather(1, path)
+        steps = F.pad(self.log_conditionals(emb), (1, 0)).gather(1, path)
         return -torch.where(torch.arange(path.shape[1], device=emb.device) <= depth, steps, 0.).sum(1)
 
 # %% ../nbs/09_paths.ipynb #595bfafa
 JOINTS = ('mean', 'product', 'last')
 
-class ArcFaceMultiHead(PathHead, ArcFace):
+class ArcFaceMultiHead(ArcFace):
     "An ArcFace on each level of the levelled tree; leaves are ranked by the product over their path"
     def __init__(self,
         in_features:int, # D
@@ -307,8 +271,7 @@ class ArcFaceMultiHead(PathHead, ArcFace):
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, m, tail, init, class_weights)
-        if joint not in JOINTS: raise HiermetricError(f"There is no joint score {joint!r}; there are {', '.join(JOINTS)}.{did_you_mean(joint, JOINTS)}")
-        self.joint, self.levelled = joint, taxonomy.level_leaves()
+        self.joint, self.levelled = choice('joint score', joint, JOINTS), taxonomy.level_leaves()
         self.weight = prototypes(len(self.levelled)-1, in_features, init)
         copies = (taxonomy.height - taxonomy.tensor('depths'))*(taxonomy.tensor('heights') == 0)
         self.register_buffer('top', torch.arange(len(taxonomy)) + copies.cumsum(0) - copies, persistent=False)   # (N,) number of each node in the levelled tree
@@ -324,12 +287,13 @@ def logits(self:ArcFaceMultiHead,
     z, level, tree = self.s*self.cosines(emb), self.levels(emb.device), self.levelled
     log_p = z - group_logsumexp(z, level, tree.height)[:, level]
     if self.joint != 'product': log_p = log_p/max(tree.height, 1) if self.joint == 'mean' else log_p*(level == tree.height-1)
-    return path_sums(F.pad(log_p, (1, 0)), tree)[:, tree.tensor('leaves', emb.device)]
+    return leaf_sums(log_p, tree)
 
 @patch
 def losses(self:ArcFaceMultiHead,
     emb:Tensor, # (B, D)
     targets:Tensor, # (B,) node ids
+    column:Tensor, under:Tensor|None, # of `labels(targets)`
 )->Tensor: # (B,)
     "Mean over the levels of the cross-entropy with margin"
     cos, level, H = self.cosines(emb), self.levels(emb.device), self.levelled.height
@@ -358,10 +322,9 @@ class HierarchicalAttention(ArcFace):
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, m, tail, init, class_weights)
-        if attention not in ATTENTIONS: raise HiermetricError(f"There is no attention {attention!r}; there are {', '.join(ATTENTIONS)}.{did_you_mean(attention, ATTENTIONS)}")
         if not 0 < leaf_share < 1: raise HiermetricError(f"leaf_share is a share between 0 and 1, not {leaf_share}.")
         if not 0 < rate < math.inf: raise HiermetricError(f"rate must be a number above 0, not {rate}.")
-        self.attention, self.leaf_share, self.rate, self.cosine = attention, float(leaf_share), float(rate), bool(cosine)
+        self.attention, self.leaf_share, self.rate, self.cosine = choice('attention', attention, ATTENTIONS), float(leaf_share), float(rate), bool(cosine)
         self.weight, self.bias = prototypes(len(taxonomy)-1, in_features, init), None if cosine else nn.Parameter(torch.zeros(taxonomy.n_leaves))
         self.register_buffer('path', root_path(taxonomy.tensor('leaves'), taxonomy)[:, 1:] - 1, persistent=False)   # (L, H) rows of `weight`; the leaf's again below it
         self.score = nn.Parameter(torch.zeros(self.path.shape)) if attention == 'learned' else None
@@ -426,7 +389,7 @@ def semantic_vectors(
     return F.pad(U, (0, max(dim - len(Y), 0)))
 
 # %% ../nbs/09_paths.ipynb #81ee1666
-class SemanticEmbedding(PathHead):
+class SemanticEmbedding(LeafHead):
     "Cosines to fixed class vectors that mirror the tree [@barz2019semantic]; nothing in this head is learnt"
     def __init__(self,
         in_features:int, # D; from L on, the tree's similarities are met exactly
@@ -443,7 +406,7 @@ class SemanticEmbedding(PathHead):
 
     def logits(self, emb:Tensor)->Tensor: return self.s*F.linear(unit(emb), self.full(self.weight))
 
-    def losses(self, emb:Tensor, targets:Tensor)->Tensor:
+    def losses(self, emb:Tensor, targets:Tensor, column:Tensor, under:Tensor|None)->Tensor:
         some = self.full(self.weight)[self.taxonomy.tensor('leaf_start', emb.device)[targets]]   # a class under the label
         away = (self.full(self.vectors[targets])*(some - unit(emb))).sum(1).relu()
         return away + self.ce*path_steps(self.logits(emb), targets, self.taxonomy).sum(1)

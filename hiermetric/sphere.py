@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, did_you_mean
+from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
 from .heads import Head, check_targets, prototypes
 from .aam import TAILS, add_margin, unit
 
 # %% auto #0
-__all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'path_targets', 'path_sums', 'tree_prior',
-           'node_frequency', 'bce', 'FocalLoss', 'AsymmetricLoss', 'create_criterion', 'closure', 'sibling_log_softmax',
-           'decode_nodes', 'NodeHead', 'SphereMulti', 'sphere_thesis']
+__all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'path_targets', 'path_sums', 'leaf_sums',
+           'tree_prior', 'node_frequency', 'bce', 'FocalLoss', 'AsymmetricLoss', 'create_criterion', 'closure',
+           'sibling_log_softmax', 'decode_nodes', 'NodeHead', 'SphereMulti', 'sphere_thesis']
 
 # %% ../nbs/07_sphere.ipynb #e6fd52f6
 def path_targets(
@@ -33,14 +33,20 @@ def path_targets(
 
 # %% ../nbs/07_sphere.ipynb #76aadfda
 def path_sums(
-    x:Tensor, # (…, N−1) a number for every node but the root
+    x:Tensor, # (…, N) a value for each node
     taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (…, N−1) float64
-    "Sums from below the root down to each node"
-    x = x.double()
-    end = taxonomy.tensor('last', x.device)[1:]   # as a column, one past the subtree's last
-    gone = x.new_zeros(*x.shape[:-1], len(taxonomy)).index_add(-1, end, x)
-    return (x - gone[..., :-1]).cumsum(-1)
+)->Tensor: # (…, N) of the same type
+    "Sum over the path from the root to each node, both included"
+    x64, after = x.double(), taxonomy.tensor('last', x.device) + 1
+    gone = torch.zeros_like(F.pad(x64, (0, 1))).index_add(-1, after, x64)[..., :-1]
+    return (x64 - gone).cumsum(-1).to(x.dtype)
+
+def leaf_sums(
+    z:Tensor, # (…, N−1) a value for each node but the root
+    taxonomy:Taxonomy, # tree over the N nodes, L leaves
+)->Tensor: # (…, L) of the same type
+    "Sum over the path from below the root to each leaf"
+    return path_sums(F.pad(z, (1, 0)), taxonomy).index_select(-1, taxonomy.tensor('leaves', z.device))
 
 # %% ../nbs/07_sphere.ipynb #2608df24
 def tree_prior(
@@ -59,7 +65,7 @@ def node_frequency(
     count = torch.bincount(targets.long(), minlength=len(taxonomy)).double()
     upto = F.pad(count.cumsum(0), (1, 0))
     below = upto[taxonomy.tensor('last') + 1] - upto[:-1]                # at the node or under it
-    above = path_sums(count[taxonomy.tensor('parents')[1:]], taxonomy)   # strictly above it
+    above = path_sums(count, taxonomy)[taxonomy.tensor('parents')[1:]]   # strictly above it
     return ((below[1:] + 1)/(len(targets) - above + 2)).float()
 
 # %% ../nbs/07_sphere.ipynb #aa438cd6
@@ -108,13 +114,8 @@ def create_criterion(
     **kw, # its settings
 )->Callable[[Tensor, Tensor], Tensor]: # (…) logits and (…) bool to (…) losses
     "A loss on cells by name"
-    try: return CRITERIA[_choice('criterion', name, CRITERIA)](**kw)
+    try: return CRITERIA[choice('criterion', name, CRITERIA)](**kw)
     except TypeError as e: raise HiermetricError(f"The criterion {name!r} does not take the settings {kw}: {e}.") from e
-
-def _choice(what:str, value:str, known:Sequence[str])->str:
-    "`value`, if it is known"
-    if value not in known: raise HiermetricError(f"There is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}")
-    return value
 
 # %% ../nbs/07_sphere.ipynb #88442dff
 def _max_into(x:Tensor, at:Tensor, values:Tensor)->Tensor: # (…, N), (K,), (…, K) to (…, N)
@@ -147,17 +148,16 @@ def sibling_log_softmax(
 VETO = 0.2 # λ
 
 def _own(z:Tensor, tax:Taxonomy)->Tensor: return z.index_select(-1, tax.tensor('leaves', z.device) - 1)   # (…, N−1) to (…, L)
-def _on_path(z:Tensor, tax:Taxonomy)->Tensor: return _own(path_sums(z, tax), tax).to(z.dtype)
 def _depth(z:Tensor, tax:Taxonomy)->Tensor: return _own(tax.tensor('depths', z.device)[1:], tax)          # (L,)
-def _veto(z:Tensor, tax:Taxonomy)->Tensor: q = F.logsigmoid(z); return _own(z, tax) + VETO*(_on_path(q, tax) - _own(q, tax))/(_depth(z, tax) - 1).clamp_min(1)
+def _veto(z:Tensor, tax:Taxonomy)->Tensor: q = F.logsigmoid(z); return _own(z, tax) + VETO*(leaf_sums(q, tax) - _own(q, tax))/(_depth(z, tax) - 1).clamp_min(1)
 
 LEAF_SCORES = {
     'leaves': _own,
     'sigmoid': lambda z, tax: F.logsigmoid(_own(z, tax)),
-    'path': _on_path,
-    'product': lambda z, tax: _on_path(F.logsigmoid(z), tax),
-    'mean': lambda z, tax: _on_path(F.logsigmoid(z), tax)/_depth(z, tax),
-    'siblings': lambda z, tax: _on_path(sibling_log_softmax(z, tax), tax),
+    'path': leaf_sums,
+    'product': lambda z, tax: leaf_sums(F.logsigmoid(z), tax),
+    'mean': lambda z, tax: leaf_sums(F.logsigmoid(z), tax)/_depth(z, tax),
+    'siblings': lambda z, tax: leaf_sums(sibling_log_softmax(z, tax), tax),
     'veto': _veto}
 
 # %% ../nbs/07_sphere.ipynb #7851ca78
@@ -169,9 +169,9 @@ def decode_nodes(
     how:str='leaves', # one of `DECODES`
 )->Tensor: # (B, N) no child above its parent, root 1
     "Coherent probabilities from the logits of independent yes-or-no questions"
-    if _choice('decoding', how, DECODES) in LEAF_SCORES: return taxonomy.node_probs(LEAF_SCORES[how](logits, taxonomy).softmax(-1))
+    if choice('decoding', how, DECODES) in LEAF_SCORES: return taxonomy.node_probs(LEAF_SCORES[how](logits, taxonomy).softmax(-1))
     if how == 'closure': return closure(F.pad(logits.sigmoid(), (1, 0), value=1.), taxonomy)
-    return F.pad(path_sums(F.logsigmoid(logits), taxonomy).exp().to(logits.dtype), (1, 0), value=1.)
+    return path_sums(F.pad(F.logsigmoid(logits), (1, 0)), taxonomy).exp()
 
 # %% ../nbs/07_sphere.ipynb #571435e9
 class NodeHead(Head):
@@ -187,16 +187,14 @@ class NodeHead(Head):
     ):
         super().__init__(in_features, taxonomy)
         if len(taxonomy) < 2: raise HiermetricError("A head with node logits needs a tree with at least one node below the root.")
-        self.decode, self.criterion, self.criterion_kw = _choice('decoding', decode, DECODES), criterion, criterion_kw
+        self.decode, self.criterion, self.criterion_kw = choice('decoding', decode, DECODES), criterion, criterion_kw
         self.cell_loss = create_criterion(criterion, **(criterion_kw or {}))
         self.weight_power = float(node_weights) if isinstance(node_weights, (int, float)) else None
         self.prior_given = prior is not None
         self.register_buffer('prior', _prior(prior, taxonomy))
         self.register_buffer('node_weights', _node_weights(node_weights, taxonomy, self.prior))
 
-    def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def train_logits(self, emb:Tensor, positive:Tensor)->Tensor: return self.logits(emb)
-    def full(self, emb:Tensor)->Tensor: return emb.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 # %% ../nbs/07_sphere.ipynb #ded09db7
 def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy)->Tensor: # (N−1,) float32
@@ -217,14 +215,6 @@ def _node_weights(w:float|str|Sequence[float]|Tensor, tax:Taxonomy, prior:Tensor
     return _node_weights(tax.level_weights(w.tolist())[1:], tax)
 
 # %% ../nbs/07_sphere.ipynb #42a13fdf
-@patch
-def forward(self:NodeHead,
-    emb:Tensor, # (B, D)
-)->Tensor: # (B, N−1) logits at inference, float32 or better
-    "Logits of the nodes below the root"
-    self.check(emb)
-    with torch.autocast(emb.device.type, enabled=False): return self.logits(self.full(emb))
-
 @patch
 def prepare(self:NodeHead,
     emb:Tensor, # (n, D) embeddings of the training split
@@ -287,8 +277,8 @@ class SphereMulti(NodeHead):
         super().__init__(in_features, taxonomy, decode, criterion, criterion_kw, node_weights, prior)
         if not 0 < s < math.inf: raise HiermetricError(f"The scale s must be a positive number, not {s}; 8 to 64 is usual.")
         if not 0 <= m < math.pi: raise HiermetricError(f"The margin m must be an angle in [0, π) radians, not {m}; 0 to 0.5 is usual." + (' That looks like degrees.' if m > math.pi else ''))
-        self.s, self.m, self.init, self.tail = float(s), float(m), init, _choice('tail', tail, TAILS)
-        self.margin, self.bias, self.scale = _choice('margin', margin, MARGINS), _choice('bias', bias, BIASES), _choice('scale', scale, SCALES)
+        self.s, self.m, self.init, self.tail = float(s), float(m), init, choice('tail', tail, TAILS)
+        self.margin, self.bias, self.scale = choice('margin', margin, MARGINS), choice('bias', bias, BIASES), choice('scale', scale, SCALES)
         n = len(taxonomy) - 1
         self.weight = prototypes(n, in_features, init)
         self.offset = nn.Parameter(_bias(self.prior) if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')

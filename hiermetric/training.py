@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .core import HiermetricError, Registry, atomic_path
 from .taxonomy import Taxonomy
 from .features import Features
-from .heads import HEADS, EmbeddingNet, Model, create_head
+from .heads import EmbeddingNet, Model, create_head, head_trait
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
 # %% auto #0
@@ -94,7 +94,7 @@ class Trainer:
         decay = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == matrix] for matrix in (True, False)]
         groups = [dict(params=p, weight_decay=w) for p,w in zip(decay, (settings['weight_decay'], 0.)) if p]
         self.opt = torch.optim.AdamW(groups, lr=settings['lr'], fused=acc.device.type in ('cpu', 'cuda'))
-        with torch.no_grad(): model.eval().head.prepare(model.embed(self.train[0]), self.train[1])
+        model.prepare(*self.train)
         self.epoch, self.best_epoch, self.best_value, self.best, self.history, self.seconds = 0, -1, -math.inf, {}, [], 0.
 
 # %% ../nbs/14_training.ipynb #32eadbca
@@ -265,9 +265,7 @@ def _finish(trainer:Trainer, out:Path|None, identity:dict)->Run:
     "Best weights in place, everything on disk, the checkpoint no longer needed"
     model = trainer.model
     model.load_state_dict(trainer.best); model.cpu().eval()
-    x, targets = (o.cpu() for o in trainer.val)
-    with torch.no_grad(): emb = model.embed(x)
-    model.head.calibrate(emb, targets)
+    model.calibrate(*(o.cpu() for o in trainer.val))
     run = Run(model, pd.DataFrame(trainer.history), trainer.best_epoch, trainer.seconds, identity['settings'], out)
     if out is not None:
         model.save(out/'model')
@@ -338,8 +336,8 @@ def fit(
     "Train an embedding and a head on cached features"
     if monitor not in ('nll', 'top1'): raise HiermetricError(f"There is no monitor {monitor!r}; there are 'nll' and 'top1'.")
     if bad := [k for k,v in dict(epochs=epochs, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every).items() if not v > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
-    embedding = embedding or getattr(HEADS[head], 'embedding', 'linear')
-    if getattr(HEADS[head], 'closed', False): epochs = 1
+    embedding = embedding or head_trait(head, 'embedding')
+    if head_trait(head, 'closed'): epochs = 1
     if dropout is None: dropout = 0. if embedding == 'none' else 0.5
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
     cfg = dict(head=head, embedding=embedding, embed_dim=embed_dim, power=power, dropout=dropout, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,

@@ -7,7 +7,7 @@ from hiermetric.core import HiermetricError
 from hiermetric.heads import EmbeddingNet, Model, create_head
 from hiermetric.metrics import check_node_probs, leaf_distribution
 from hiermetric.sphere import (BIASES, CRITERIA, DECODES, LEAF_SCORES, MARGINS, SCALES, VETO, AsymmetricLoss, FocalLoss, NodeHead, SphereMulti, bce, closure, create_criterion,
-                               decode_nodes, node_frequency, path_sums, path_targets, sibling_log_softmax, tree_prior)
+                               decode_nodes, leaf_sums, node_frequency, path_sums, path_targets, sibling_log_softmax, tree_prior)
 from hiermetric.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths({'lynx': 'mammal/cat/wild', 'tiger': 'mammal/cat/wild', 'tabby': 'mammal/cat', 'wolf': 'mammal/dog', 'fox': 'mammal/dog', 'owl': 'bird', 'wren': 'bird', 'stone': ''})
@@ -117,6 +117,14 @@ def test_decodings_are_the_slow_ones(tax, seed, size):
             else: want = [math.prod(torch.sigmoid(z[b, j-1]).item() for j in up(tax, i)) for i in range(len(tax))]
             assert p[b].tolist() == pytest.approx(want, rel=1e-6, abs=1e-9)
 
+@settings(max_examples=40, deadline=None)
+@given(tax=trees(), seed=st.integers(0, 999))
+def test_sums_and_maxima_are_the_slow_ones(tax, seed):
+    "Of the root, too, and of more than two dimensions"
+    x = randn(2, 3, len(tax), seed=seed); got = closure(x, tax); sums = path_sums(x, tax)
+    for i in range(len(tax)): assert torch.equal(got[..., i], x[..., i:tax.last[i]+1].amax(-1))
+    for i in range(len(tax)): assert torch.allclose(sums[..., i], x[..., 0] + sum(x[..., j] for j in up(tax, i)))
+
 @settings(max_examples=60, deadline=None)
 @given(tax=trees(30), seed=st.integers(0, 999), size=st.sampled_from([0., 1., 30., 1e4]), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_decodings_are_coherent_on_any_tree(tax, seed, size, dtype):
@@ -144,7 +152,7 @@ def test_closure_and_conditional_rank_leaves_as_sigmoid_and_product():
 
 def test_tree_sums_maxima_and_families_have_right_gradients():
     z = randn(2, N-1).requires_grad_(); x = randn(2, N, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda o: path_sums(o, TAX), z) and torch.autograd.gradcheck(lambda o: sibling_log_softmax(o, TAX), z) and torch.autograd.gradcheck(lambda o: closure(o, TAX), x)
+    assert torch.autograd.gradcheck(lambda o: path_sums(o, TAX), x) and torch.autograd.gradcheck(lambda o: leaf_sums(o, TAX), z) and torch.autograd.gradcheck(lambda o: sibling_log_softmax(o, TAX), z) and torch.autograd.gradcheck(lambda o: closure(o, TAX), x)
     for how in DECODES: assert torch.autograd.gradcheck(lambda o: decode_nodes(o, TAX, how), z)
 
 def test_decodings_keep_memory_linear():
