@@ -59,7 +59,7 @@ search_space = {
     'arcface': margins, 'subcenter': margins, 'cosface': margins, 'attention': margins,
     'combined': dict(s=[16., 24., 32.], m2=[0.1, 0.2, 0.3]),
     'arcface_levels': dict(s=[16., 24.], m=[0.1, 0.2]),
-    'sphere_multi': dict(s=[8., 16., 24.], m=[0., 0.1, 0.2]),
+    **dict.fromkeys(['sphere_multi', 'sphere_hier', 'sphere_maxconstraint'], dict(s=[8., 16., 24.], m=[0., 0.1, 0.2])), 'sphere_thesis': margins,
     'hxe': dict(alpha=[0.1, 0.2, 0.4]), 'hace': dict(eps=[0.1, 0.2, 0.3, 0.5]),
     'soft_labels': dict(beta=[4., 10., 20., 30.]), 'simple_hierarchy': dict(coarse=[0.2, 0.5, 1.]),
     'soft_max_margin': dict(tau=[0.5, 1., 2.]), 'semantic': dict(s=[16., 24.], ce=[0.1, 0.5, 1.]),
