@@ -351,7 +351,7 @@ def _variants(heads:Sequence, settings:dict, seeds:int, tax:Taxonomy)->list[Vari
     if not variants or seeds < 1: raise HiermetricError("A comparison needs at least one head and one seed.")
     labels = [v.label for v in variants]
     if double := [o for o in labels if labels.count(o) > 1 or o == 'LogisticRegression']: raise HiermetricError(f"Two competitors are called {double[0]!r}; give them labels: heads=[('my label', 'head', {{…}})].")
-    for v in variants: create_head(v.settings['head'], in_features=2, taxonomy=tax, **v.settings['head_kw'])
+    for v in variants: create_head(v.settings['head'], in_features=v.settings.get('embed_dim', inspect.signature(fit).parameters['embed_dim'].default), taxonomy=tax, **v.settings['head_kw'])
     return variants
 
 @contextmanager

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 from hiermetric.core import HiermetricError
+from hiermetric.heads import list_heads
 from hiermetric.experiment import Variant, bootstrap, bootstrap_macro, compare, image_sums, logistic_regression, mean_interval, shown_metrics, trials, tune_head
 from hiermetric.metrics import per_sample, summarise
 from hiermetric.taxonomy import Taxonomy
@@ -162,6 +163,10 @@ def test_trials_never_repeat_and_start_with_the_given():
     v = Variant.of('arcface', QUICK)
     t = trials(v, 9)
     assert t[0] == v and len({repr(o.settings) for o in t}) == 9 and all(o.settings['epochs'] == 3 for o in t)
+
+def test_every_head_can_be_compared_and_tuned():
+    r = compare(TOY, list(list_heads().index), seeds=1, rules=['argmax'], tune=2, draws=20, yardstick=False, **QUICK | dict(epochs=1))
+    assert list(r.table.index.get_level_values('head')) == list(list_heads().index) and np.isfinite(r.summary['mean']).all()
 
 def test_test_images_are_not_used_for_choices(monkeypatch):
     spoiled = np.asarray(TOY.x).copy(); spoiled[TOY.split == 'test'] = 0
