@@ -209,16 +209,16 @@ def _decode(path:str, transform:Transform)->tuple[Tensor, str]: # (3, S, S) uint
     except HiermetricError as e: return torch.zeros(3, transform.size, transform.size, dtype=torch.uint8), str(e)
 
 def _batches(
-    paths:Sequence[str],
+    paths:Iterable[str], # read as they are needed
     transform:Transform,
     batch_size:int,
     workers:int, # threads
 )->Iterator[tuple[Tensor, list[str]]]: # (B, 3, S, S) uint8, and for each image what was wrong or ''
     "Batches in order, read ahead by a few"
     with ThreadPoolExecutor(workers) as pool:
-        ahead, todo = deque(), iter(range(0, len(paths), batch_size))
+        ahead, todo = deque(), iter(paths)
         def more()->None:
-            for i in itertools.islice(todo, 1): ahead.append([pool.submit(_decode, p, transform) for p in paths[i:i+batch_size]])
+            if some := list(itertools.islice(todo, batch_size)): ahead.append([pool.submit(_decode, p, transform) for p in some])
         try:
             for _ in range(4): more()
             while ahead:

@@ -1,5 +1,5 @@
 "The command on tiny data, in a process of its own where that matters: what it writes, what it says, how it exits. Every case of bad input quotes its message."
-import contextlib, os, re, subprocess, sys
+import contextlib, json, os, re, shutil, subprocess, sys
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from PIL import Image
@@ -105,7 +105,7 @@ def test_taxonomy_show(world):
 def test_version_help_and_usage(world):
     from hiermetric import __version__
     assert ok(command(world, '--version')) == f'hiermetric {__version__}\n'
-    for words in ([], ['compare'], ['features'], ['train'], ['evaluate'], ['taxonomy'], ['taxonomy', 'show']):
+    for words in ([], ['compare'], ['features'], ['train'], ['evaluate'], ['predict'], ['taxonomy'], ['taxonomy', 'show']):
         said = ok(inside(world, *words, '--help'))
         assert 'Usage: hiermetric' in said and (words in ([], ['taxonomy']) or 'Example' in said)
         assert ('--held-out' in said) == (words in (['compare'], ['features'], ['train'], ['evaluate']))
@@ -117,6 +117,84 @@ def test_version_help_and_usage(world):
 def test_help_needs_no_torch(world):
     code = 'import sys\nfrom hiermetric.cli import app\ntry: app(["compare", "--help"])\nexcept SystemExit: pass\nassert not {"torch", "pandas", "timm"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+
+# predict
+
+@pytest.fixture(scope='module')
+def trained(world):
+    "The one road: train, then predict"
+    return ok(command(world, 'train', '--data', 'zoo', '--taxonomy', 'zoo.csv', *SMALL, '--head', 'classifier', '--out', 'trained'))
+
+@pytest.fixture
+def quick(monkeypatch):
+    "The engine that needs no preparation"
+    import hiermetric.predictor
+    monkeypatch.setattr(hiermetric.predictor, 'choose_engine', lambda name='auto': 'eager')
+
+def test_train_then_predict(world, trained, tmp_path):
+    assert 'Next: hiermetric predict IMAGES --model trained' in trained
+    r = command(world, 'predict', 'zoo', '--model', 'trained', '--out', tmp_path/'a.csv')
+    ok(r); assert r.out == '' and '60 images: ' in r.err and f'Answers: {tmp_path}/a.csv' in r.err
+    a = pd.read_csv(tmp_path/'a.csv', keep_default_na=False)
+    assert len(a) == 60 and a.image[0] == 'zoo/ant/ant0.png' and set(a.columns) >= {'answer', 'path', 'probability', 'novel', 'guess', 'candidate_1'} and set(a.guess) <= set(CLASSES)
+    assert (world/'trained'/'model'/'README.md').exists() and 'predict FOLDER --model trained' in (world/'trained'/'model'/'README.md').read_text()
+
+def test_predict_continues(world, trained, tmp_path, quick):
+    from hiermetric.predictor import AnswerFile
+    ask = lambda *more: inside(world, 'predict', *more, '--model', 'trained', '--confidence', .8, '--out', tmp_path/'a.csv')
+    ok(ask('zoo/ant', 'zoo/bee')); (tmp_path/'a.csv').open('a').write('zoo/crow/crow0.png,bi')
+    assert '36 images' in ask('zoo').err
+    a, whole = pd.read_csv(tmp_path/'a.csv'), tmp_path/'whole.csv'
+    assert sorted(a.image) == sorted(f'zoo/{c}/{c}{i}.png' for c in CLASSES for i in range(12))
+    ok(inside(world, 'predict', 'zoo', '--model', 'trained', '--confidence', .8, '--out', whole))
+    pd.testing.assert_frame_equal(a.sort_values('image', ignore_index=True), pd.read_csv(whole).sort_values('image', ignore_index=True), rtol=1e-4, atol=1e-5)
+    assert 'No new image' in ask('zoo').err
+    refused(inside(world, 'predict', 'zoo', '--model', 'trained', '--confidence', .9, '--out', tmp_path/'a.csv'), 'holds answers to another question: confidence 0.8, now 0.9')
+    assert AnswerFile(tmp_path/'a.csv', about=json.loads((tmp_path/'a.csv.json').read_text())['about']).images == 60
+
+@pytest.mark.parametrize('format', ['csv', 'json', 'ecotaxa', 'dwc'])
+def test_predict_in_every_format(world, trained, tmp_path, quick, format):
+    from hiermetric.predictor import FORMATS
+    ask = ('predict', 'zoo/ant', 'zoo/dove', '--model', 'trained', '--rule', 'argmax', '--within', 'bird, walker', '--candidates', 1, '--format', format)
+    ok(inside(world, *ask, '--out', tmp_path/'t'))
+    said = inside(world, *ask)   # without --out: to the terminal, and nothing else there
+    assert ok(said) == (tmp_path/'t').read_text() and '24 images: 100.0% as specific as asked' in said.err
+    t = FORMATS[format]().read(tmp_path/'t')
+    assert len(t) == 24 and set(t.answer) <= {'ant', 'bug', 'crow', 'dove'} and t.listed.between(0, 1).all()
+
+def test_predict_at_a_rank_within_a_list(world, trained, tmp_path, quick):
+    (world/'list.txt').write_text('insect\nAves\n')
+    r = inside(world, 'predict', 'zoo/ant', '--model', 'trained', '--rule', 'argmax', '--rank', 2, '--within', 'list.txt', '--out', tmp_path/'t')
+    assert ok(r) == '' and "1 of the 2 names in list.txt are unknown to this model (Aves)" in r.err
+    assert set(pd.read_csv(tmp_path/'t').answer) <= {'walker', 'flyer'}
+    (world/'ranks.csv').write_text('class,order,species\ninsect,walker,ant\ninsect,walker,bug\ninsect,flyer,bee\nbird,,crow\nbird,,dove\n')
+    ok(inside(world, 'predict', 'zoo/ant', '--model', 'trained', '--rule', 'argmax', '--rank', 'class', '--ranks', 'ranks.csv', '--out', tmp_path/'u'))
+    u = pd.read_csv(tmp_path/'u', keep_default_na=False)
+    assert set(u.answer) <= {'insect', 'bird'} and set(u['rank']) == {'class'}
+    refused(inside(world, 'predict', 'zoo/ant', '--model', 'trained', '--rank', 'family', '--ranks', 'ranks.csv'), "There is no rank 'family'; there are class, order, species")
+    refused(inside(world, 'predict', 'zoo/ant', '--model', 'trained', '--rank', 'family'), 'does not know which taxa are of the rank')
+
+def test_predict_with_unreadable_images(world, trained, tmp_path, quick):
+    zoo(world, tmp_path, n=3); (tmp_path/'zoo'/'bee'/'torn.png').write_bytes(b'torn')
+    ask = ('predict', tmp_path/'zoo', '--model', 'trained', '--out', tmp_path/'t')
+    refused(inside(world, *ask), 'torn.png')
+    r = inside(world, *ask, '--skip-bad')
+    ok(r); assert 'torn.png' in r.err and '1 unreadable images were left out' in r.err and len(pd.read_csv(tmp_path/'t')) == 15
+    refused(inside(world, 'predict', tmp_path/'zoo'/'bee'/'torn.png', '--model', 'trained', '--skip-bad'), 'None of the images can be read')
+
+@pytest.mark.parametrize('args,says', [
+    (['zooo', '-m', 'trained'], "There is no image or folder zooo. Did you mean 'zoo'"), (['empty', '-m', 'trained'], 'There is no image in empty'), (['zoo', '-m', 'empty'], 'There is no model in empty: it has no config.json'),
+    (['zoo', '-m', 'traind'], "There is no model folder traind. Did you mean 'trained'"), (['zoo', '-m', 'plain'], 'has no calibration, so it cannot promise anything'), (['zoo', '-m', 'mixed'], 'files of different models are mixed'), (['zoo', '-m', 'regrown'], 'belongs to the taxonomy'),
+    (['zoo', '-m', 'trained', '--within', 'birds'], "There is no 'birds' in the tree of 'root'. Did you mean 'bird'"), (['zoo', '-m', 'trained', '-c', '1.2'], 'The confidence must lie between 0 and 1, not 1.2'), (['zoo', '-m', 'trained', '-c', '95'], 'Write 0.95 for 95 %'),
+    (['zoo', '-m', 'trained', '--format', 'xls'], "There is no format 'xls'; there are csv, json, ecotaxa, dwc"), (['zoo', '-m', 'trained', '--rule', 'garantee'], "Did you mean 'guarantee'"), (['zoo', '-m', 'trained', '-o', 'zoo.csv'], 'is no table of answers that could be continued')], ids=lambda o: ' '.join(o) if isinstance(o, list) else '')
+def test_predict_with_bad_input(world, trained, args, says, quick):
+    (world/'empty').mkdir(exist_ok=True)
+    for name in ('plain', 'mixed', 'regrown'):
+        if not (world/name).exists(): shutil.copytree(world/'trained'/'model', world/name)
+    config = json.loads((world/'plain'/'config.json').read_text()); config.pop('predictor', None); (world/'plain'/'config.json').write_text(json.dumps(config))
+    config = json.loads((world/'mixed'/'config.json').read_text()); config['predictor']['temperature'] = 9.; (world/'mixed'/'config.json').write_text(json.dumps(config))
+    Taxonomy.from_paths({'x': 'y'}).save(world/'regrown'/'taxonomy.npz')
+    refused(inside(world, 'predict', *args), says)
 
 # Bad input: DESIGN.md's last section, case by case
 
