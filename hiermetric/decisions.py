@@ -23,7 +23,7 @@ from .taxonomy import Taxonomy, _over_path, _over_subtree
 __all__ = ['Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE', 'TopDown', 'BackOff',
            'Threshold', 'Climb', 'MaxInfo', 'ExpectedCost', 'temper', 'Calibration', 'TemperatureScaling',
            'LevelTemperatures', 'NodeIsotonic', 'rank_confidence', 'rank_calibration', 'plot_reliability',
-           'bits_per_mistake', 'Guarantee', 'ConformalSet']
+           'bits_per_mistake', 'Guarantee', 'class_ratios', 'ConformalSet']
 
 # %% ../nbs/11_decisions.ipynb #c1fd07d0
 class Rule:
@@ -458,7 +458,7 @@ def _needs(limits:np.ndarray, tax:Taxonomy)->np.ndarray: # (N,) of every label, 
     is_first = first[up] == np.arange(len(up))
     return np.append(-np.inf, np.maximum(limits[up], np.where(is_first, largest(~is_first)[up], top[up])))
 
-# %% ../nbs/11_decisions.ipynb #6dfe2059
+# %% ../nbs/11_decisions.ipynb #95b7a017
 class Guarantee(BackOff):
     "Backs off along the path of the most probable leaf until the wanted share of answers is at or above the truth, @eq-promise"
     learned = 'limits', 'mass'
@@ -483,6 +483,11 @@ class Guarantee(BackOff):
         nodes = _path(p, self.tax)
         probs = p.double().gather(1, nodes).cummin(1).values
         return nodes, probs, probs if self.score == 'probability' else bits_per_mistake(1 - probs, self.tax.tensor('information', p.device)[nodes])
+
+    def choices(self, p:Tensor)->tuple[Tensor,Tensor]: # (B, N) to (B, K) nodes, the leaf first, and their scores, 0 for the root
+        "What may be answered, as `operating_curve` wants it"
+        nodes, _, scores = self._path(p)
+        return nodes.flip(1), scores.masked_fill(nodes == 0, 0).flip(1)
 
     def _plain(self, nodes:Tensor, probs:Tensor)->Tensor: return _deepest(nodes, probs >= self.confidence)   # (B,) where plain climbing stops
 
@@ -534,7 +539,7 @@ def _group_nodes(self:Guarantee):
         return names, np.maximum(np.arange(len(names)) - 1, 0), group
     return ['all'], np.zeros(1, int), np.zeros(len(tax), int)
 
-# %% ../nbs/11_decisions.ipynb #229ff35f
+# %% ../nbs/11_decisions.ipynb #e4b7e028
 @patch
 def fit(self:Guarantee,
     node_probs:Tensor|np.ndarray=None, # (n, N) of calibration images, on which nothing else was fitted
@@ -553,21 +558,7 @@ def fit(self:Guarantee,
     if weights is not None:
         order = np.argsort(scores, kind='stable'); self.limits, self.mass = scores[order], _weights(weights, len(t))[order].cumsum()
         return self
-    names, above, group = self.grouping
-    of = group[plain if self.at == 'rank' else t]
-    counts, fewest = np.bincount(of, minlength=len(names)), _fewest(self.confidence, self.sure)
-    owners = [_pools(counts + (np.arange(len(names)) == g), above, fewest) for g in range(len(names))]   # with the new image counted in
-    pools = [np.isin(of, np.flatnonzero(o == o[g])) for g, o in enumerate(owners)]
-    labels = np.full(len(tax), (tax.heights[t] > 0).any()) | (tax.heights == 0)   # inner nodes are possible labels if one is
-    limits, wide = np.full(len(tax), -np.inf), np.empty(len(names))
-    for g, pool in enumerate(pools):
-        at = labels & (group == g) if self.at != 'rank' else slice(0)
-        limits[at] = _limit(scores[pool], None if w is None else w[t[pool]], 1. if w is None else w[at], self.confidence, self.sure)
-        wide[g] = _limit(scores[pool], None, 1., self.confidence, self.sure) if w is None else limits[at].max(initial=-np.inf)
-    if w is not None: limits[w == 0] = -np.inf
-    self.limits = wide if self.at == 'rank' or (self.at == 'all' and w is None) else _needs(limits, tax)
-    joined = [', '.join(names[h] for h in np.flatnonzero(o == o[g]) if h != g and (counts[h] or h == o[g])) for g, o in enumerate(owners)]
-    self.groups = pd.DataFrame({'images': counts, 'pooled': [int(o.sum()) for o in pools], 'with': joined, 'limit': wide}, index=pd.Index(names, name=self.at))
+    self._fit_groups(scores, plain if self.at == 'rank' else t, t, w)
     return self
 
 @patch
@@ -576,12 +567,46 @@ def _hardest(self:Guarantee, p:Tensor, t:np.ndarray)->tuple[Tensor,Tensor]: # (B
     safe = self.tax.is_ancestor(nodes, torch.as_tensor(t, device=p.device)[:,None]).sum(1, keepdim=True)   # the first ones are
     return F.pad(scores, (0, 1), value=-math.inf).gather(1, safe)[:,0], self._plain(nodes, probs)
 
+# %% ../nbs/11_decisions.ipynb #814a19ba
+@patch
+def _fit_groups(self:Guarantee, scores:np.ndarray, at:np.ndarray, t:np.ndarray, w:np.ndarray|None):
+    "A limit for each group, from the images of all groups that it joins when the new image is counted in"
+    tax, (names, above, group) = self.tax, self.grouping
+    counts, fewest = np.bincount(group[at], minlength=len(names)), _fewest(self.confidence, self.sure)
+    labels = np.full(len(tax), (tax.heights[t] > 0).any()) | (tax.heights == 0)   # inner nodes are possible labels if one is
+    limits, rows = np.full(len(tax), -np.inf), []
+    for g in range(len(names)):
+        owner = _pools(counts + (np.arange(len(names)) == g), above, fewest)
+        joined = np.flatnonzero(owner == owner[g]); pool = np.isin(group[at], joined)
+        mine = np.flatnonzero(labels & (group == g)); own = 1. if w is None or not len(mine) else w[mine]
+        limit = _limit(scores[pool], None if w is None else w[t[pool]], own, self.confidence, self.sure)
+        limits[mine] = limit
+        rows.append((counts[g], pool.sum(), ', '.join(names[h] for h in joined if h != g and counts[h]), np.max(limit)))
+    if w is not None: limits[w == 0] = -np.inf   # such a label does not come
+    self.groups = pd.DataFrame(rows, columns=['images', 'pooled', 'with', 'limit'], index=pd.Index(names, name=self.at))
+    self.limits = self.groups.limit.to_numpy(copy=True) if self.at == 'rank' or (self.at == 'all' and w is None) else _needs(limits, tax)
+
 # %% ../nbs/11_decisions.ipynb #b2aa3580
 def _calibration_set(rule:Rule, node_probs, targets, tax:Taxonomy)->tuple[Tensor,np.ndarray]:
     if node_probs is None or targets is None: raise HiermetricError(f"{type(rule).__name__} learns its promise from validation data: `rule.fit(node_probs, targets, tax)`.")
     if not len(targets): raise HiermetricError(f"The calibration set of {type(rule).__name__} is empty; give it validation images and their labels.")
     p = check_node_probs(node_probs, tax)
     return p, check_targets(targets, tax, len(p))
+
+# %% ../nbs/11_decisions.ipynb #a011308c
+def class_ratios(
+    node_probs:Tensor|np.ndarray, # (B, N) calibrated, of unlabelled new images
+    targets:Tensor|np.ndarray, # (n,) true node ids of the calibration images
+    tax:Taxonomy, # tree over the N nodes
+    rounds:int=100, # of expectation and maximisation
+)->np.ndarray: # (N,) w(y) = q(y)/p(y), for `Guarantee.fit(class_weights=…)`
+    "How much more frequent every class is among the new images, estimated [@saerens2002adjusting]"
+    p = leaf_distribution(check_node_probs(node_probs, tax), tax).double(); t = check_targets(targets, tax)
+    if (tax.heights[t] > 0).any(): t = t[tax.heights[t] == 0]
+    old = torch.as_tensor(np.bincount(tax.leaf_column[t], minlength=tax.n_leaves) + .5, device=p.device); old = old/old.sum()
+    new = old
+    for _ in range(rounds): shares = p*(new/old); new = (shares/shares.sum(1, keepdim=True)).mean(0)
+    return (tax.node_probs(new)/tax.node_probs(old)).cpu().numpy()
 
 # %% ../nbs/11_decisions.ipynb #fe71a6df
 MOST = 4096

@@ -5,7 +5,7 @@
 # %% ../nbs/10_metrics.ipynb #30c5c2d3
 from __future__ import annotations
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import numpy as np, pandas as pd, torch
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -399,7 +399,8 @@ class TreeMetric(Metric):
         return _by_rank(_below(self.nodes.cpu().numpy(), self.tax), self.tax, ranks)
 
 # %% ../nbs/10_metrics.ipynb #13124989
-def _choices(p:Tensor, tax:Taxonomy, rule:str)->tuple[Tensor,Tensor]: # (B, K) nodes without the root, the most informative first; (B, K) their probabilities
+def _choices(p:Tensor, tax:Taxonomy, rule:str|Callable)->tuple[Tensor,Tensor]: # (B, K) nodes without the root, the most informative first; (B, K) their probabilities
+    if callable(rule): return rule(p)
     if rule == 'information' and len(tax) > 1:
         under = tax.leaf_stop - tax.leaf_start
         order = np.lexsort((-tax.depths, tax.leaf_start, under)); order = order[order > 0]   # tree order, but an only child before its parent
@@ -420,7 +421,7 @@ def _point(a:np.ndarray, t:np.ndarray, tax:Taxonomy)->np.ndarray: # (len(a), 6) 
     correct, precision, recall = _information(a, t, tax)
     return np.stack([correct, a == t, precision, recall, _ratio(tax.information[a], np.log2(tax.n_leaves)), np.where(correct, 0, tax.heights[tax.lca(a, t)])], 1)
 
-def _changes(p:Tensor, t:np.ndarray, tax:Taxonomy, rule:str)->tuple[np.ndarray,...]: # probability below which an image's answer changes, (…, 6) by how much; (6,) the sum at the root
+def _changes(p:Tensor, t:np.ndarray, tax:Taxonomy, rule:str|Callable)->tuple[np.ndarray,...]: # probability below which an image's answer changes, (…, 6) by how much; (6,) the sum at the root
     nodes, probs = _choices(p, tax, rule)
     reached = probs > 0
     reached[:,1:] &= probs[:,1:] > probs.cummax(1).values[:,:-1]
@@ -436,15 +437,15 @@ def operating_curve(
     node_probs:Tensor|np.ndarray, # (B, N) coherent
     targets:Tensor|np.ndarray, # (B,) true node ids, leaf or internal
     tax:Taxonomy, # tree over the N nodes
-    rule:str='information', # what may be answered, see the table above
+    rule:str|Callable='information', # what may be answered, see the table above; or a function of node_probs that gives the answers (B, K), the most informative first, and their scores (B, K), above 0 but for the root
 )->pd.DataFrame: # a row a distinct behaviour, `threshold` falling to 0; shares of all images but for `height`
     "All that a rule with a threshold can do: means over the answers with probability above `threshold`"
-    if rule not in ('information', 'climb', 'leaf'): raise HiermetricError(f"There is no rule {rule!r}; there are 'information', 'climb' and 'leaf'.")
+    if not callable(rule) and rule not in ('information', 'climb', 'leaf'): raise HiermetricError(f"There is no rule {rule!r}; there are 'information', 'climb' and 'leaf'.")
     p = check_node_probs(node_probs, tax); t = check_targets(targets, tax, len(p))
     with torch.no_grad(): prob, change, start = zip(*(_changes(p[o], t[o], tax, rule) for o in _rows(*p.shape)))
     prob, change, start = np.concatenate(prob), np.concatenate(change), np.sum(start, 0)
     order = np.argsort(-prob, kind='stable'); prob = prob[order]
-    last = np.diff(prob, append=-1.) < 0   # images that change together are one row
+    last = np.append(prob[1:] < prob[:-1], True)   # images that change together are one row
     points = np.concatenate([start[None], (start + change[order].cumsum(0))[last]])/len(p)
     return pd.DataFrame(points, columns=_POINT).assign(wrong=lambda d: 1 - d.correct).assign(threshold=np.append(prob[last], 0.))[['threshold', 'correct', 'wrong', *_POINT[1:]]]
 

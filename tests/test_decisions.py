@@ -3,8 +3,8 @@ import json
 import numpy as np, pytest, torch, warnings
 from hypothesis import given, settings, strategies as st
 from hiermetric.core import HiermetricError
-from hiermetric.decisions import Calibration, LevelTemperatures, NodeIsotonic, Rule, TemperatureScaling, _fewest, _order, _pools, bits_per_mistake, create_rule, expected_heights, list_rules, plot_reliability, rank_calibration, rank_confidence, register_rule, temper
-from hiermetric.metrics import evaluate, expected_calibration_error, negative_log_likelihood
+from hiermetric.decisions import Calibration, LevelTemperatures, NodeIsotonic, Rule, TemperatureScaling, _fewest, _order, _pools, bits_per_mistake, class_ratios, create_rule, expected_heights, list_rules, plot_reliability, rank_calibration, rank_confidence, register_rule, temper
+from hiermetric.metrics import evaluate, expected_calibration_error, negative_log_likelihood, operating_curve
 from hiermetric.taxonomy import Taxonomy
 
 slowly = settings(max_examples=60, deadline=None)
@@ -308,7 +308,7 @@ def test_being_sure_over_calibration_sets():
 def test_groups_that_join():
     tax = Taxonomy.from_paths({'a1': 'a', 'a2': 'a', 'b1': 'b', 'b2': 'b', 'c1': 'c', 'c2': 'c'}); r = np.random.default_rng(0)
     t = tax.index(['a1', 'a2']*20 + ['b1']*3 + ['c1']*4); P = tax.node_probs(r.dirichlet(np.ones(6), len(t))); g = create_rule('guarantee', confidence=.8, at='clade').fit(P, t, tax).groups
-    assert g.images.tolist() == [0, 40, 3, 4] and g.pooled[['a', 'b']].tolist() == [40, 7] and g.loc['b', 'with'] == 'elsewhere, c' and g.loc['a', 'with'] == ''
+    assert g.images.tolist() == [0, 40, 3, 4] and g.pooled[['a', 'b']].tolist() == [40, 7] and g.loc['b', 'with'] == 'c' and g.loc['a', 'with'] == ''
     assert g.pooled['c'] == 7   # b cannot stand alone, and needs c
     g = create_rule('guarantee', confidence=.8, at='clade', clades=['a', 'c']).fit(P, t, tax).groups; assert g.pooled.tolist() == [47 - 40, 40, 7]
     g = create_rule('guarantee', confidence=.8, at='clade', clades=['a', 'c']).fit(P[[*range(40), *range(43, 47)]], t[[*range(40), *range(43, 47)]], tax).groups
@@ -328,6 +328,21 @@ def test_class_weights_repair_a_mix():
     old, new = np.where(bad, 1., 10.), np.where(bad, 10., 1.); (P, t), (Q, y) = images(4000, old), images(4000, new); w = np.zeros(len(tax)); w[tax.leaves] = (new/new.sum())/(old/old.sum())
     safe = lambda rule: tax.is_ancestor(rule(Q).numpy(), y).mean(); make = lambda **kw: create_rule('guarantee', confidence=.9).fit(P, t, tax, **kw)
     assert safe(make()) < .8 and .88 < safe(make(class_weights=w)) and safe(create_rule('guarantee', confidence=.9, at='clade', clades=[f's{i}' for i in range(10)]).fit(P, t, tax)) > .88
+
+@given(bags())
+@settings(max_examples=30, deadline=None)
+def test_the_curve_is_what_the_rule_does(bag):
+    tax, P, t, c, r = bag; rule = create_rule('guarantee', confidence=c).fit(P, t, tax); curve = operating_curve(P, t, tax, rule=rule.choices)
+    for _, row in curve.iterrows():
+        if tax.n_leaves == 1 or not 0 < row.threshold < np.inf: continue
+        rule.limits = np.array([row.threshold]); said = rule(P); lca = tax.lca(said, t)
+        assert row.correct == pytest.approx(((lca == said) | (lca == t)).mean()) and row.coverage*max(np.log2(tax.n_leaves), 1e-9) == pytest.approx(tax.information[said].mean(), abs=1e-9)
+
+def test_class_ratios_are_found():
+    r = np.random.default_rng(0); tax = random_tree(16, 5, r); q = torch.as_tensor(r.normal(size=(6000, tax.n_leaves))*4).softmax(1).numpy(); t = tax.leaves[[r.choice(tax.n_leaves, p=o/o.sum()) for o in q]].astype(int); P = tax.node_probs(q); w = np.exp(r.normal(size=tax.n_leaves)); chance = w[tax.leaf_column[t[3000:]]]; new = 3000 + r.choice(3000, 3000, p=chance/chance.sum())
+    got = class_ratios(P[new], t[:3000], tax)[tax.leaves]; true = np.bincount(tax.leaf_column[t[new]], minlength=tax.n_leaves)/np.bincount(tax.leaf_column[t[:3000]], minlength=tax.n_leaves)
+    assert np.abs(np.log(got/true)).mean() < .25 < np.abs(np.log(true)).mean()
+    assert class_ratios(P[:3000], t[:3000], tax)[0] == pytest.approx(1)
 
 # ---- all rules ---------------------------------------------------------------------------------------------------------------------------------------------------
 @given(cases(), st.integers(0, len(LEARNED) + len(VAGUE) + 1))
