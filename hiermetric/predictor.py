@@ -344,7 +344,7 @@ def ask(self:Predictor,
     made.fit(scope.probs(self._val[rows])[0], scope.at[self.val_targets[rows].numpy()], scope.tax)
     return Question(scope, made, np.sort(self.val_strange.numpy()), novel, candidates, self.ranks)
 
-# %% ../nbs/15_predictor.ipynb #0ad759b6
+# %% ../nbs/15_predictor.ipynb #ce9f8440
 def walk_images(
     folder:str|Path, # searched with all its subfolders; hidden ones are passed over
     chunk:int=10_000, # names in memory at a time
@@ -366,6 +366,7 @@ def all_images(
     sources:Any, # a path, an image (whatever `read_image` takes), or several of them; a folder stands for the images in it
 )->Iterator[Any]: # paths of files, or images
     "One image after the other; what is not there is an error before the first"
+    if getattr(getattr(sources, 'dtype', None), 'kind', '') in tuple('UOT'): sources = sources.tolist()   # a column of paths
     sources = [sources] if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, (Sequence, Iterator)) else sources
     if isinstance(sources, Iterator): return sources
     for o in sources:
