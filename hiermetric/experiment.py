@@ -419,10 +419,13 @@ def level_shares(self:Report)->pd.DataFrame: # index head, rule; a column for ev
     return pd.DataFrame(shares, index=pd.RangeIndex(self.taxonomy.height + 1, name='lca height')).T.rename_axis(['head', 'rule'])
 
 @patch
-def plot_levels(self:Report)->'matplotlib.figure.Figure':
+def plot_levels(self:Report,
+    rules:Sequence[str]|None=None, # those to show; None: all
+)->'matplotlib.figure.Figure':
     "Share of wrong answers, by the height of the LCA with the truth"
     import matplotlib.pyplot as plt, seaborn as sns
     shares = 100 * self.level_shares().drop(columns=0)
+    if rules is not None: shares = shares[shares.index.isin(rules, 'rule')]
     shares = shares.loc[:, shares.gt(0).any()]
     fig, ax = plt.subplots(figsize=(9, 1 + 0.36*len(shares)), layout='constrained')
     y, left = np.arange(len(shares)) + 0.5*pd.factorize(shares.index.get_level_values(0))[0], np.zeros(len(shares))
