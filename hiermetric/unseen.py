@@ -421,12 +421,11 @@ class Complement(ClimbUp):
     learned = 'known', 'prototypes', 'usual'
     def _learn(self, outputs, targets, tax):
         self.prototypes, emb = node_prototypes(outputs.emb.float(), targets, tax), unit(outputs.emb.float())
-        sums, node = torch.zeros(len(tax), 3, dtype=torch.float64), targets
-        for step in range(tax.height + 1):   # every image tells its node, then the node above, up to the root
+        sums, node, new = torch.zeros(len(tax), 3, dtype=torch.float64), targets, torch.ones(len(emb), dtype=torch.float64)
+        for _ in range(tax.height + 1):   # every image tells its node, then the node above, up to the root
             cos = (emb*self.prototypes[node]).sum(1).double()
-            new = torch.ones_like(cos) if step == 0 else (before > 0).double()
             sums.index_add_(0, node, torch.stack([new, new*cos, new*cos*cos], 1))
-            before, node = node, tax.tensor('parents')[node].clamp(min=0)
+            new, node = (node > 0).double(), tax.tensor('parents')[node].clamp(min=0)
         n, mean = sums[:, 0].clamp_min(1), sums[:, 1]/sums[:, 0].clamp_min(1)
         spread = (sums[:, 2]/n - mean*mean).clamp_min(0).sqrt()
         self.usual = torch.stack([mean, torch.where(n > 2, spread, spread[n > 2].mean() if (n > 2).any() else 1.).clamp_min(1e-3)], 1)
