@@ -258,7 +258,7 @@ class Calibration:
         return out if isinstance(node_probs, Tensor) else out.numpy()
 
     def state(self)->dict[str,Any]: # calibration, learned, taxonomy
-        "All that `Calibration.restore` needs, fit for a JSON file"
+        "All that `restore` needs, fit for a JSON file"
         self._check_fitted()
         return _plain({'calibration': self.name, 'learned': {k: getattr(self, k) for k in self.learned}, 'taxonomy': self.tax.fingerprint})
 
