@@ -445,7 +445,7 @@ def operating_curve(
     with torch.no_grad(): prob, change, start = zip(*(_changes(p[o], t[o], tax, rule) for o in _rows(*p.shape)))
     prob, change, start = np.concatenate(prob), np.concatenate(change), np.sum(start, 0)
     order = np.argsort(-prob, kind='stable'); prob = prob[order]
-    last = np.append(prob[1:] < prob[:-1], True)   # images that change together are one row
+    last = np.append(prob[1:] < prob[:-1], True)[:len(prob)]   # images that change together are one row
     points = np.concatenate([start[None], (start + change[order].cumsum(0))[last]])/len(p)
     return pd.DataFrame(points, columns=_POINT).assign(wrong=lambda d: 1 - d.correct).assign(threshold=np.append(prob[last], 0.))[['threshold', 'correct', 'wrong', *_POINT[1:]]]
 
