@@ -25,7 +25,7 @@ __all__ = ['Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expe
            'LevelTemperatures', 'NodeIsotonic', 'rank_confidence', 'rank_calibration', 'plot_reliability',
            'bits_per_mistake', 'Guarantee', 'class_ratios', 'ConformalSet']
 
-# %% ../nbs/11_decisions.ipynb #c1fd07d0
+# %% ../nbs/11_decisions.ipynb #c8ab6941
 class Rule:
     "Turns `node_probs` into answers"
     tax:Taxonomy|None = None
@@ -57,7 +57,7 @@ class Rule:
         "`f` on a few checked rows at a time; numpy in, numpy out"
         self._check_fitted()
         p = check_node_probs(node_probs, self.tax)
-        out = torch.cat([f(p[rows], *(o[rows] for o in more)) for rows in _rows(*p.shape)]) if len(p) else f(p, *more)
+        out = torch.cat([f(p[rows], *(o[rows] for o in more)) for rows in _rows(*p.shape, 2**20)]) if len(p) else f(p, *more)
         return out if isinstance(node_probs, Tensor) else out.numpy()
 
     def _check_fitted(self):
@@ -138,9 +138,8 @@ def expected_heights(
     tax:Taxonomy, # tree over the N nodes
 )->Tensor: # (B, L) levels
     "Expected LCA height of each leaf as the answer, in O(N) an image [@karthik2021nocost]"
-    h, parents, leaves = (tax.tensor(o, node_probs.device) for o in ('heights', 'parents', 'leaves'))
-    costs = (h[parents.clamp(min=0)] - h)*(1 - node_probs.double())
-    return path_sums(costs, tax).index_select(1, leaves).to(node_probs.dtype)
+    lengths, leaves = (tax.tensor(o, node_probs.device) for o in ('branch_lengths', 'leaves'))
+    return path_sums(lengths*(1 - node_probs.double()), tax).index_select(1, leaves).to(node_probs.dtype)
 
 class CRM(Rule):
     "The leaf of least expected LCA height; ranks by that height, lowest first"
@@ -154,14 +153,15 @@ class HiE(Rule):
         parents = self.tax.tensor('parents', p.device)[leaves].clamp(min=0)   # the root of a one-node tree is its own
         return p.index_select(1, leaves)*p.index_select(1, parents)
 
-# %% ../nbs/11_decisions.ipynb #381cfc21
+# %% ../nbs/11_decisions.ipynb #41eda2ca
 class TopDown(Rule):
     "The leaf at the end of a descent from the root, always to the most probable child"
     def _answer(self, p:Tensor)->Tensor:
-        up, leaves = self.tax.tensor('parents', p.device)[1:], self.tax.tensor('leaves', p.device)
-        top = _max_into(torch.full_like(p, -math.inf), up, p[:,1:])
-        worse = F.pad((p[:,1:] < top.index_select(1, up)).to(p.dtype), (1, 0))
-        return leaves[path_sums(worse, self.tax).index_select(1, leaves).argmin(1)]   # the leaf with no worse sibling on its path
+        parents, last, leaves = (self.tax.tensor(o, p.device) for o in ('parents', 'last', 'leaves'))
+        top = _max_into(torch.full_like(p, -math.inf), parents[1:], p[:,1:])
+        worse = F.pad(p[:,1:] < top.index_select(1, parents[1:]), (1, 0))
+        closed = torch.where(worse, last, -1).cummax(1).values.index_select(1, leaves)   # how far the subtrees reach that are not entered
+        return leaves[(closed < leaves).to(torch.uint8).argmax(1)]
 
 # %% ../nbs/11_decisions.ipynb #be9d21be
 def _confidence(x:float)->float:
@@ -218,9 +218,9 @@ class ExpectedCost(Rule):
         self.price = price
 
     def _answer(self, p:Tensor)->Tensor:
-        h, parents = self.tax.tensor('heights', p.device).double(), self.tax.tensor('parents', p.device).clamp(min=0)
+        lengths, h = (self.tax.tensor(o, p.device) for o in ('branch_lengths', 'heights'))
         missed = 1 - p.double()
-        return (path_sums((h[parents] - h)*missed, self.tax) + h*(missed + self.price)).argmin(1)
+        return path_sums(lengths*missed, self.tax).addcmul_(missed.add_(self.price), h).argmin(1)
 
 # %% ../nbs/11_decisions.ipynb #bcc59756
 def temper(
@@ -497,7 +497,7 @@ class Guarantee(BackOff):
         if weights is not None:
             mass = torch.as_tensor(self.mass, device=p.device)
             limits = F.pad(limits, (0, 1), value=math.inf)[torch.searchsorted(mass, self.confidence*SLACK*(mass[-1] + weights.double()))][:,None]
-        elif self.at == 'rank': limits = limits[torch.as_tensor(self.grouping[2], device=p.device)[self._plain(nodes, probs)]][:,None]
+        elif self.at == 'rank': limits = limits[torch.tensor(self.grouping[2], device=p.device)[self._plain(nodes, probs)]][:,None]
         elif len(limits) > 1: limits = limits[nodes]
         return _deepest(nodes, scores > limits)
 

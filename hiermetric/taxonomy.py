@@ -177,6 +177,11 @@ class _Derived:
         return _frozen(np.log2(self.n_leaves)-np.log2(self.leaf_stop-self.leaf_start))
 
     @functools.cached_property
+    def branch_lengths(self)->np.ndarray: # (N,) float64, levels
+        "Height of the parent less the node's own, 0 at the root: with them every leaf is equally far from the root"
+        return _frozen((self.heights[np.maximum(self.parents, 0)]-self.heights).astype(np.float64))
+
+    @functools.cached_property
     def _hashes(self)->tuple[np.ndarray,np.ndarray]: # (N,) sorted hashes of the names, (N,) the nodes in that order
         "Where `index` looks names up"
         return _hash_names(self.names)
@@ -349,11 +354,12 @@ def _plain(x:Any)->Any: return x.item() if isinstance(x, (np.ndarray, np.generic
 def tensor(self:Taxonomy,
     name:str, # an attribute that is an array: 'parents', 'leaf_start', …
     device:'torch.device|str|None'=None, # where it shall be
-)->'torch.Tensor': # int64 (float64 for `information`); shared by all who ask, so not to be written to
+)->'torch.Tensor': # int64, or float64 for `information` and `branch_lengths`; shared by all who ask, so not to be written to
     "One of the tree's arrays as a tensor, made once for each device"
     import torch
     key = name, torch.device(device or 'cpu')
-    if key not in self._tensors: self._tensors[key] = torch.tensor(getattr(self, name), device=device, dtype=torch.float64 if name=='information' else torch.int64)
+    if key not in self._tensors:
+        a = getattr(self, name); self._tensors[key] = torch.tensor(a, device=device, dtype=torch.float64 if a.dtype.kind=='f' else torch.int64)
     return self._tensors[key]
 
 @patch
