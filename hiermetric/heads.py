@@ -239,7 +239,7 @@ class EmbeddingNet(nn.Module):
         if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; leave an incomplete last batch out.")
         return self.layers(power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power))
 
-# %% ../nbs/05_heads.ipynb #1a62681a
+# %% ../nbs/05_heads.ipynb #97e534ae
 HEADS = Registry('head',
     classifier=('hiermetric.heads.Classifier', 'linear layer + softmax over the leaves, cross-entropy: the baseline'),
     arcface=('hiermetric.aam.ArcFace', 'additive angular margin, s·cos(θ + m) for the true class'),
@@ -256,6 +256,7 @@ HEADS = Registry('head',
     soft_labels=('hiermetric.paths.SoftLabels', 'target smoothed over near leaves, on the logits of a leaf head'),
     simple_hierarchy=('hiermetric.paths.SimpleHierarchy', 'fine and coarse cross-entropy with ramps, on the logits of a leaf head'),
     soft_max_margin=('hiermetric.paths.SoftMaxMargin', 'far leaves are handicapped by their distance, on the logits of a leaf head'),
+    logit_adjusted=('hiermetric.paths.LogitAdjusted', 'logits shifted by the log of the class frequency in training, for long tails; on the logits of a leaf head'),
     sphere_multi=('hiermetric.sphere.SphereMulti', 'a sigmoid for every node on the sphere, margin on positives'),
     sphere_thesis=('hiermetric.sphere.sphere_thesis', 'the same as in the thesis: margin on every label, no bias'),
     sphere_hier=('hiermetric.hbce.SphereMultiHier', 'sphere_multi with hierarchical BCE: a price on children above their parents'),
