@@ -302,7 +302,7 @@ def create_head(
         raise HiermetricError(f"The head {name!r} has no setting {bad[0]!r}; it has {', '.join(known)}.{did_you_mean(bad[0], known)}")
     return make(in_features=in_features, taxonomy=taxonomy, **kw)
 
-# %% ../nbs/05_heads.ipynb #ebbafb74
+# %% ../nbs/05_heads.ipynb #526ba81f
 class Encoder(nn.Module):
     "A backbone that trains: pixels to features, (B, 3, S, S) → (B, F), or (B, F+2) with @eq-size"
     def __init__(self,
@@ -315,6 +315,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         from hiermetric.backbones import create_backbone
+        kw = {k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()}   # JSON knows no tuples
         b = create_backbone(name, pretrained=pretrained, size=size, **kw)
         self.name, self.size, self.kw, self.transform, self.dim = name, b.size, kw, b.transform, b.dim
         self.size_input, self.channels_last, self.out_features = size_input, channels_last, b.dim + 2*size_input

@@ -74,7 +74,7 @@ def sgdr(
     else: length = lengths[-1]
     return 0.5 * (1 + math.cos(math.pi * t/length))
 
-# %% ../nbs/14_training.ipynb #84464ed3
+# %% ../nbs/14_training.ipynb #e3365648
 def cyclic(
     step:int, total:int, warmup:int, # t of T steps; the warm-up is not looked at
     cycles:int=4, # ups and downs
@@ -92,7 +92,7 @@ def multistep(
 )->float:
     "Times `gamma` at every milestone"
     if step < warmup: return (step + 1) / warmup
-    return gamma ** sum(step >= round(a*total) for a in at)
+    return gamma ** sum(step >= max(1, round(a*total)) for a in at)
 
 def onecycle(
     step:int, total:int, warmup:int,
@@ -206,13 +206,14 @@ class FeatureSource:
     )->Iterator[tuple[tuple[Tensor], Tensor]]: # ((B, F),) and (B,)
         for r in rows.to(self.t.device) if isinstance(rows, Tensor) else rows: yield (self.x[r],), self.t[r]
 
-# %% ../nbs/14_training.ipynb #e8b560ae
+# %% ../nbs/14_training.ipynb #22c18b3a
 def image_size(
     image:Any, # whatever `read_image` takes
 )->tuple[int, int]: # width and height in pixels, upright
     "How large the original is; of a file only the head is read"
     from PIL import Image
     if isinstance(image, Tensor): return image.shape[-1], image.shape[-2]
+    if str(image).endswith('.npy'): image = np.load(image, mmap_mode='r')   # many bands
     if isinstance(image, np.ndarray): return image.shape[1], image.shape[0]
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as im:
@@ -220,7 +221,7 @@ def image_size(
             return im.size[::-1] if turned else im.size
     except (OSError, SyntaxError) as e: raise HiermetricError(f"Cannot read the image {image}: {e}") from e
 
-# %% ../nbs/14_training.ipynb #d55f25fa
+# %% ../nbs/14_training.ipynb #912e2506
 def decode_split(
     table:ImageTable, # images, from `load_dataset`
     split:str, # 'train', 'val' …
@@ -229,12 +230,12 @@ def decode_split(
     cache:str|Path|None=None, # folder for pixels; None is `cache_dir()/'pixels'`
     workers:int|None=None, # threads that decode; None: one a core, at most 16
     progress:bool=False,
-)->Path|None: # folder with x.npy (n, 3, S, S) uint8, sizes.npy (n, 2) int32 and meta.json; None: no room on the disk
+)->Path|None: # folder with x.npy (n, C, S, S) uint8, C = 3 for pictures, sizes.npy (n, 2) int32 and meta.json; None: no room on the disk
     "Pixels of a split, decoded once; raises `HiermetricError` that lists unreadable files"
     from filelock import FileLock
     import shutil
     rows = table.samples[table.samples['split'] == split]
-    paths, shape = rows['path'].tolist(), (len(rows), 3, transform.size, transform.size)
+    paths, shape = rows['path'].tolist(), (len(rows), transform.channels, transform.size, transform.size)
     where = Path(cache or cache_dir()/'pixels'); where.mkdir(parents=True, exist_ok=True)
     key = core.fingerprint(1, table.fingerprint, split, [_size(p) for p in paths], transform)   # 1: the layout
     folder = where/f'{Path(table.name).name}-{split}-{transform.size}-{key}'
@@ -620,7 +621,7 @@ def resume(self:Trainer, path:str|Path, identity:dict)->None:
         if k in state: setattr(self, k, state[k])
     self.total, self.rng = self.total.to(self.acc.device), state.get('rng')
 
-# %% ../nbs/14_training.ipynb #f4c9078e
+# %% ../nbs/14_training.ipynb #2caedd8e
 def checkpoint_due(
     every:int|str, # 5 (epochs), '200 steps' or '10 minutes'
 )->Callable[[Trainer], bool]: # asked after every step and every epoch
@@ -632,7 +633,7 @@ def checkpoint_due(
     if not number > 0: raise HiermetricError(f"checkpoint_every must be above 0: 5 (epochs), '200 steps' or '10 minutes', not {every!r}.")
     def due(trainer:Trainer)->bool:
         if unit == 'epochs': return trainer.step == 0 and trainer.epoch % number == 0
-        if unit == 'steps': return (trainer.epoch*trainer.steps + trainer.step) % number == 0
+        if unit == 'steps': return trainer.step < trainer.steps and (trainer.epoch*trainer.steps + trainer.step) % number == 0   # the last waits for the epoch's end
         if time.monotonic() - last[0] < 60*number: return False
         last[0] = time.monotonic(); return True
     return due
@@ -755,7 +756,7 @@ def _show_batch(source:ImageSource, tax:Taxonomy, path:Path, n:int=32)->None:
         for ax in fig.axes: ax.axis('off')
     _figure(path, (11, 6), draw)
 
-# %% ../nbs/14_training.ipynb #cf4131b5
+# %% ../nbs/14_training.ipynb #865657df
 def _build(data:Features|ImageTable, cfg:dict, channels_last:bool=True)->Model:
     "Encoder, embedding block and head from a run's settings, initialised from its seed; features come raised to their power already"
     with _seeded(_draw(cfg['seed'], 0), torch.device('cpu')):
@@ -776,8 +777,10 @@ def _sources(data:Features|ImageTable, model:Model, cfg:dict, acc:'accelerate.Ac
         from hiermetric.augment import create_augment
         augment = create_augment(augment, model.encoder.size, **cfg['augment_kw'] or {})
     with acc.main_process_first():
-        return [ImageSource(data, s, model.encoder.transform, acc.device, augment=a, seed=cfg['seed'], size_input=cfg['size_input'], workers=workers, progress=progress)
-                for s, a in (('train', augment), ('val', None))]
+        train, val = (ImageSource(data, s, model.encoder.transform, acc.device, augment=a, seed=cfg['seed'], size_input=cfg['size_input'], workers=workers, progress=progress)
+                      for s, a in (('train', augment), ('val', None)))
+    if cfg['size_input']: model.encoder.learn_sizes(train.sizes)
+    return [train, val]
 
 # %% ../nbs/14_training.ipynb #41ba3c41
 def _finish(trainer:Trainer, out:Path|None, identity:dict)->Run:
