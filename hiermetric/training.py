@@ -740,7 +740,7 @@ class Run:
         "The kept epoch's row of the history"
         return self.history.iloc[self.best_epoch].to_dict()
 
-# %% ../nbs/14_training.ipynb #c05adfee
+# %% ../nbs/14_training.ipynb #262e158c
 def _figure(path:Path, size:tuple[float,float], draw:Callable)->None:
     "A picture in the run's folder, without touching the plots of whoever called"
     from matplotlib.figure import Figure
@@ -752,7 +752,7 @@ def _show_batch(source:ImageSource, tax:Taxonomy, path:Path, n:int=32)->None:
     inputs, targets = next(source.batches([torch.arange(min(n, len(source)))], 0))
     def draw(fig):
         for ax, x, t in zip(fig.subplots(4, -(-len(targets)//4), squeeze=False).flat, inputs[0].cpu(), targets.tolist()):
-            ax.imshow(x.permute(1, 2, 0)[..., :3].to(torch.uint8)); ax.set_title(str(tax.names[t])[:18], fontsize=6)
+            ax.imshow((x[:3].permute(1, 2, 0) if len(x) >= 3 else x[0]).to(torch.uint8)); ax.set_title(str(tax.names[t])[:18], fontsize=6)
         for ax in fig.axes: ax.axis('off')
     _figure(path, (11, 6), draw)
 

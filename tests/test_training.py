@@ -568,6 +568,22 @@ def test_any_head_trains_on_images(pictures, head):
     run = fit(pictures, **{**IMAGES, 'head': head, 'epochs': 1})
     assert np.isfinite(run.history.loss).all() and predict(run.model, pictures, 'test').isfinite().all()
 
+def test_pictures_of_twelve_bands(tmp_path):
+    table = squares(tmp_path/'rgb', n=40)
+    def bands(path):
+        a = np.asarray(Image.open(path)); np.save(path[:-4], np.tile(a, (1, 1, 4))); return path[:-4] + '.npy'
+    table = replace(table, samples=table.samples.assign(path=table.samples.path.map(bands)), fill=None)
+    run = fit(table, **{**IMAGES, 'epochs': 1, 'augment': None, 'backbone_kw': dict(pretrained=False, in_channels=12)}, size_input=True, out=tmp_path/'run')
+    assert run.model.encoder.net.conv_stem.in_channels == 12 and run.model.encoder.transform.channels == 12
+    assert torch.equal(predict(load_run(tmp_path/'run', table.taxonomy).model, table, 'test'), predict(run.model, table, 'test'))
+
+def test_how_fast_is_not_what(pictures, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, *a, **kw: compiled.append(type(self).__name__))
+    run = fit(pictures, **{**IMAGES, 'epochs': 1}, out=tmp_path, compile=True, workers=1)
+    assert compiled == ['EfficientNet'] and next(p for p in run.model.encoder.net.parameters() if p.ndim == 4).is_contiguous(memory_format=torch.channels_last)
+    assert len(fit(pictures, **{**IMAGES, 'epochs': 1}, out=tmp_path, compile=False, channels_last=False, workers=0).history) == 1 and len(compiled) == 1   # the finished run
+
 # ---- several processes ----
 
 TWO = textwrap.dedent("""
@@ -583,7 +599,7 @@ TWO = textwrap.dedent("""
         fit(squares(f'{out}/images'), **SHARED, out=f'{out}/run')
     debug_launcher(train, (sys.argv[1],), num_processes=2)
 """)
-SHARED = dict(IMAGES, freeze_bn=True, dropout=0., ema=.9, epochs=2)
+SHARED = dict(IMAGES, freeze='backbone', unfreeze_at=1, freeze_bn=True, dropout=0., ema=.9, epochs=2)
 
 def test_two_processes_are_one_within_rounding(tmp_path):
     squares(tmp_path/'images')
