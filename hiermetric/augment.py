@@ -435,16 +435,17 @@ def tree(targets:np.ndarray, taxonomy:Taxonomy, batch_size:int, rng:np.random.Ge
         return (n/n.max())**q*np.exp((1 - q)*log_t)
     return _weighted(targets, batch_size, rng, weights)
 
-# %% ../nbs/13_augment.ipynb #675b216e
+# %% ../nbs/13_augment.ipynb #d32856bf
 def m_per_class(targets:np.ndarray, taxonomy:Taxonomy, batch_size:int, rng:np.random.Generator,
     m:int=4, # images of each class in a batch
-)->np.ndarray: # (steps, batch): batch is `batch_size` brought down to a multiple of m, at most m times the classes
-    "m images of each of some classes; classes alike, whatever their size"
+)->np.ndarray: # as `shuffle`
+    "m images of each of some classes, fewer of the last if need be; classes alike, whatever their size"
     codes = np.unique(targets, return_inverse=True)[1]
-    steps, batch = _shape(len(targets), batch_size); C = codes.max() + 1; some = min(batch//m if m > 0 else 0, C)
-    if some < 1: raise HiermetricError(f"m must be in 1 … {batch}, the size of a batch, not {m}.")
-    classes = rng.random((steps, C)).argsort(1)[:, :some].repeat(m, 1)
-    return _pick(classes.ravel(), codes, rng).reshape(steps, some*m)
+    steps, batch = _shape(len(targets), batch_size)
+    if not 1 <= m <= batch: raise HiermetricError(f"m must be in 1 … {batch}, the size of a batch, not {m}.")
+    order = rng.random((steps, codes.max() + 1)).argsort(1)
+    column = np.arange(batch)//m % order.shape[1]   # where the classes do not fill the batch they come again
+    return _pick(order[:, column].ravel(), codes, rng).reshape(steps, batch)
 
 # %% ../nbs/13_augment.ipynb #cb77fb65
 SAMPLERS = Registry('sampler',
