@@ -353,7 +353,8 @@ def tensor(self:Taxonomy,
     "One of the tree's arrays as a tensor, made once for each device"
     import torch
     key = name, torch.device(device or 'cpu')
-    if key not in self._tensors: self._tensors[key] = torch.tensor(getattr(self, name), device=device, dtype=torch.float64 if name=='information' else torch.int64)
+    if key not in self._tensors:
+        with torch.inference_mode(False): self._tensors[key] = torch.tensor(getattr(self, name), device=device, dtype=torch.float64 if name=='information' else torch.int64)   # whoever asks first, autograd may ask next
     return self._tensors[key]
 
 @patch
