@@ -740,7 +740,7 @@ class Run:
         "The kept epoch's row of the history"
         return self.history.iloc[self.best_epoch].to_dict()
 
-# %% ../nbs/14_training.ipynb #262e158c
+# %% ../nbs/14_training.ipynb #214f0ba9
 def _figure(path:Path, size:tuple[float,float], draw:Callable)->None:
     "A picture in the run's folder, without touching the plots of whoever called"
     from matplotlib.figure import Figure
@@ -748,8 +748,8 @@ def _figure(path:Path, size:tuple[float,float], draw:Callable)->None:
     with atomic_path(path) as tmp: fig.savefig(tmp, format='png', dpi=110)
 
 def _show_batch(source:ImageSource, tax:Taxonomy, path:Path, n:int=32)->None:
-    "The first training images as the network will see them: the quickest way to find a wrong augmentation"
-    inputs, targets = next(source.batches([torch.arange(min(n, len(source)))], 0))
+    "Training images as the network will see them: the quickest way to find a wrong augmentation"
+    inputs, targets = next(source.batches([torch.linspace(0, len(source) - 1, min(n, len(source))).long()], 0))
     def draw(fig):
         for ax, x, t in zip(fig.subplots(4, -(-len(targets)//4), squeeze=False).flat, inputs[0].cpu(), targets.tolist()):
             ax.imshow((x[:3].permute(1, 2, 0) if len(x) >= 3 else x[0]).to(torch.uint8)); ax.set_title(str(tax.names[t])[:18], fontsize=6)
