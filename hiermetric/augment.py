@@ -85,24 +85,25 @@ def resample(
     grid = nnF.affine_grid(maps.to(x.device, torch.float32), [len(x), x.shape[1], size, size], align_corners=False)
     return nnF.grid_sample(x - fill, grid, padding_mode='zeros', align_corners=False) + fill
 
-# %% ../nbs/13_augment.ipynb #73115590
+# %% ../nbs/13_augment.ipynb #db420fcc
 GREY = (0.2989, 0.587, 0.114) # torchvision's weights of red, green and blue
 
 def jitter_colour(
-    x:Tensor, # (B, 3 or 1, S, S) in [0, 255]
+    x:Tensor, # (B, C, S, S) in [0, 255]
     brightness:Tensor, contrast:Tensor, saturation:Tensor, # (B,) factors, 1 changes nothing
     hue:Tensor, # (B,) turns, 0 changes nothing
 )->Tensor: # same shape, not clamped
     "Brightness, contrast, saturation and hue at once, @eq-colour"
     brightness, contrast, saturation, hue = (o.to(x.device, torch.float32).view(-1, 1, 1) for o in (brightness, contrast, saturation, hue))
-    mean = x.mean((2, 3))
-    grey = mean if x.shape[1] == 1 else (mean*mean.new_tensor(GREY)).sum(1, keepdim=True)
-    offset, gain = (1 - contrast)*brightness*grey[..., None], brightness*contrast
-    if x.shape[1] == 1 or (saturation == 1).all() and (hue == 0).all(): return x*gain[..., None] + offset[..., None]
-    I, mix = torch.eye(3, device=x.device), x.new_tensor(GREY).expand(3, 3)
-    a, K = 2*math.pi*hue, torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device)/3**.5
-    turn = a.cos()*I + a.sin()*K + (1 - a.cos())/3
-    return torch.baddbmm(offset, gain*turn@(saturation*I + (1 - saturation)*mix), x.flatten(2)).view_as(x)
+    C = x.shape[1]; g = x.new_tensor(GREY if C == 3 else [1/C]*C)
+    offset, gain = (1 - contrast)*brightness*(x.mean((2, 3))*g).sum(1)[:, None, None], brightness*contrast
+    if C == 1 or (saturation == 1).all() and (hue == 0).all(): return x*gain[..., None] + offset[..., None]
+    if C != 3 and hue.any(): raise HiermetricError(f"Pictures with {C} channels have no hue that could be turned; set hue=0.")
+    I = torch.eye(C, device=x.device); turn = I
+    if C == 3:
+        a, K = 2*math.pi*hue, torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device)/3**.5
+        turn = a.cos()*I + a.sin()*K + (1 - a.cos())/3
+    return torch.baddbmm(offset, gain*turn@(saturation*I + (1 - saturation)*g.expand(C, C)), x.flatten(2)).view_as(x)
 
 # %% ../nbs/13_augment.ipynb #c5b30b8a
 def erase(

@@ -166,7 +166,7 @@ def _config(ctx:typer.Context, config:Path|None, settings:list[str])->TrainConfi
     turn = dict(held_out=_held, log=_names)
     return TrainConfig.load(config, [(_KEYS[k], turn.get(k, lambda o: o)(v)) for k, v in typed.items()] + settings)
 
-# %% ../nbs/16_cli.ipynb #6d3e1dba
+# %% ../nbs/16_cli.ipynb #fe324b4e
 @app.command()
 def train(
     ctx:typer.Context,
@@ -205,11 +205,11 @@ def train(
     if not cfg.images: _note_skipped(inputs)
     run = cfg.train(where, inputs, resume=not fresh, device=device, workers=workers, compile=compile, progress=True)
     best = f"epoch {run.best_epoch + 1} of {len(run.history)}, validation top-1 {run.best['val_top1']:.1%}, NLL {run.best['val_nll']:.3f}"
-    Console().print(Text(f'{best}, {run.seconds:.0f} s\nRun: {where}'), soft_wrap=True)
-    if cfg.images: return
+    from hiermetric.features import extract
     from hiermetric.predictor import Predictor
-    Predictor.from_model(run.model, inputs, ranks, detector).save_pretrained(where/'model', model_card_kwargs={'repo_id': str(where)})
-    Console().print(Text(f'Next: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
+    seen = extract(inputs, run.model.backbone, skip_bad=skip_bad, progress=True) if cfg.images else inputs   # a trained backbone has features of its own
+    Predictor.from_model(run.model, seen, ranks, detector).save_pretrained(where/'model', model_card_kwargs={'repo_id': str(where)})
+    Console().print(Text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #f6daff36
 @app.command()

@@ -127,6 +127,15 @@ def test_grey_is_one_channel_of_three():
     aug = create_augment('plankton', 16)
     assert (aug(x, seeds).expand(-1, 3, -1, -1).int() - aug(x.expand(-1, 3, -1, -1), seeds).int()).abs().max() <= 1
 
+def test_twelve_channels():
+    x, seeds = images(5, 12), image_seeds(0, 0, range(5))
+    y = create_augment('plankton', 16)(x, seeds)
+    assert y.shape == (5, 12, 16, 16)
+    turned = create_augment('plankton', 16, contrast=0)(x, seeds)   # without contrast bands do not know each other
+    assert torch.equal(turned[:, 4:7], create_augment('plankton', 16, contrast=0)(x[:, 4:7], seeds))
+    assert create_augment('natural', 16, hue=0)(x, seeds).shape == (5, 12, 16, 16)
+    with pytest.raises(HiermetricError, match='12 channels have no hue'): create_augment('natural', 16)(x, seeds)
+
 def test_erase_beside_a_loop():
     u = draws(image_seeds(1, 0, range(30)), 4).float(); x = images(30, 2, 12, 12).float()
     area, ratio = .05 + .4*u[:, 0], .5 + u[:, 1]

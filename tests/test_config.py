@@ -15,6 +15,11 @@ CONFIGS = sorted((Path(__file__).parent.parent/'nbs'/'configs').glob('*.yaml'))
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})
 pytestmark = pytest.mark.usefixtures('one_thread')
 
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    "One for all, so that the organisms are drawn once"
+    return tmp_path_factory.mktemp('cache')
+
 # --- the keys are those of fit
 
 def test_every_setting_of_a_run_is_a_key():
@@ -45,7 +50,7 @@ def test_values_that_do_not(value, kind):
 texts = st.text(st.characters(blacklist_categories=('Cs', 'Cc')), max_size=12)
 @given(st.fixed_dictionaries({}, optional=dict(lr=st.floats(1e-9, 10), epochs=st.integers(1, 10**6), patience=st.none() | st.integers(0, 99),  log=st.lists(texts, max_size=3), checkpoint_every=st.none() | st.integers(1, 9) | texts,
     data=st.fixed_dictionaries({}, optional=dict(name=texts, taxonomy=st.none() | texts, held_out=st.integers(0, 9) | st.lists(texts, max_size=3), val=st.floats(0, 1))))))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_round_trip(values):
     c = TrainConfig.of(values)
     text = c.to_yaml()
@@ -113,9 +118,9 @@ def test_models_of_the_files_train(path):
     assert np.isfinite(run.history.loss).all() and np.isfinite(run.history.val_nll).all() and run.settings['head'] == c.head
 
 @pytest.mark.parametrize('path', [p for p in CONFIGS if yaml.safe_load(p.read_text()).get('images')], ids=lambda p: p.stem)
-def test_files_for_images_train(path, tmp_path, monkeypatch):
-    monkeypatch.setenv('HIERMETRIC_CACHE', str(tmp_path))
-    small = ['data.name=synthetic-taxa', 'data.loader={size: 32, largest: 8, smallest: 4}', 'backbone=timm:resnet10t', 'image_size=32', 'epochs=1', 'embed_dim=16', 'batch_size=16', 'unfreeze_at=null', 'backbone_kw.pretrained=false', 'layer_decay=null', 'ema=null']
+def test_files_for_images_train(path, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv('HIERMETRIC_CACHE', str(cache))
+    small = ['data.name=synthetic-taxa', 'data.loader={size: 32, largest: 3, smallest: 3}', 'backbone=timm:resnet10t', 'image_size=32', 'epochs=1', 'embed_dim=16', 'batch_size=16', 'unfreeze_at=null', 'backbone_kw.pretrained=false', 'layer_decay=null', 'ema=null']
     c = TrainConfig.load(path, small)
     run = c.train(tmp_path/'run', device='cpu')
     assert np.isfinite(run.history.loss).all() and TrainConfig.load(tmp_path/'run'/'config.yaml') == c
@@ -134,18 +139,31 @@ def test_the_folder_repeats_the_run(tmp_path):
 
 # --- the command
 
-def command(cwd, *args):
+def command(cwd, cache, *args):
     cmd = [sys.executable, '-c', 'from hiermetric.cli import app; app(prog_name="hiermetric")', *map(str, args)]
-    return subprocess.run(cmd, cwd=cwd, env=os.environ | {'HIERMETRIC_CACHE': str(cwd/'cache'), 'COLUMNS': '200', 'NO_COLOR': '1', 'TERM': 'dumb'}, capture_output=True, text=True, timeout=600)
+    return subprocess.run(cmd, cwd=cwd, env=os.environ | {'HIERMETRIC_CACHE': str(cache), 'COLUMNS': '200', 'NO_COLOR': '1', 'TERM': 'dumb'}, capture_output=True, text=True, timeout=600)
 
-def test_train_from_a_file(tmp_path):
-    (tmp_path/'mine.yaml').write_text('data: {loader: {size: 32, largest: 8, smallest: 4}}\nhead: cosface\nhead_kw: {m: 0.1}\nbackbone: timm:resnet10t\nbackbone_kw: {pretrained: false}\nimage_size: 32\nepochs: 3\nembed_dim: 32\nseed: 2\n')
-    r = command(tmp_path, 'train', '--config', 'mine.yaml', '--seed', 5, '--device', 'cpu', 'epochs=2', 'head_kw.s=8', '--out', 'run')
+def test_train_from_a_file(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv('HIERMETRIC_CACHE', str(cache))
+    (tmp_path/'mine.yaml').write_text('data: {loader: {size: 32, largest: 3, smallest: 3}}\nhead: cosface\nhead_kw: {m: 0.1}\nbackbone: timm:resnet10t\nbackbone_kw: {pretrained: false}\nimage_size: 32\nepochs: 3\nembed_dim: 32\nseed: 2\n')
+    r = command(tmp_path, cache, 'train', '--config', 'mine.yaml', '--seed', 5, '--device', 'cpu', 'epochs=2', 'head_kw.s=8', '--out', 'run')
     assert r.returncode == 0, r.stderr
     c = TrainConfig.load(tmp_path/'run'/'config.yaml')
-    assert c == TrainConfig(data=DataConfig(loader=dict(size=32, largest=8, smallest=4)), head='cosface', head_kw={'m': .1, 's': 8.}, backbone='timm:resnet10t', backbone_kw={'pretrained': False}, image_size=32, epochs=2, embed_dim=32, seed=5)
+    assert c == TrainConfig(data=DataConfig(loader=dict(size=32, largest=3, smallest=3)), head='cosface', head_kw={'m': .1, 's': 8.}, backbone='timm:resnet10t', backbone_kw={'pretrained': False}, image_size=32, epochs=2, embed_dim=32, seed=5)
     assert len(pd.read_csv(tmp_path/'run'/'history.csv')) == 2
     run = load_run(tmp_path/'run', c.data.load().taxonomy); assert run.model.head.s == 8 and run.settings['seed'] == 5
     for args, says in ((['--config', 'mine.yml'], "There is no configuration mine.yml. Did you mean 'mine.yaml'?"), (['--config', 'mine.yaml', 'epoch=2'], "There is no setting 'epoch'. Did you mean 'epochs'"), (['lr'], "'lr' is no setting; write key=value")):
         with contextlib.chdir(tmp_path): r = CliRunner().invoke(app, ['train', *args], prog_name='hiermetric', env={'COLUMNS': '200', 'NO_COLOR': '1', 'TERM': 'dumb'})
         assert r.exit_code == 1 and says in r.stderr.replace('\n', ' '), r.stderr
+
+def test_train_a_whole_network_from_a_file(tmp_path, monkeypatch, cache):
+    "Images, augmentation, mix and sampler by name; the run answers about new images afterwards"
+    monkeypatch.setenv('HIERMETRIC_CACHE', str(cache))
+    (tmp_path/'whole.yaml').write_text('data: {loader: {size: 32, largest: 3, smallest: 3}}\nimages: true\nbackbone: timm:resnet10t\nbackbone_kw: {pretrained: false}\nimage_size: 32\naugment: plankton\nmix: cutmix\nmix_kw: {tree: 0.5}\nsampler: m_per_class\nsize_input: true\nepochs: 1\nembed_dim: 16\n')
+    def said(*args):
+        with contextlib.chdir(tmp_path): r = CliRunner().invoke(app, [*args], prog_name='hiermetric', env={'COLUMNS': '200', 'NO_COLOR': '1', 'TERM': 'dumb'})
+        assert r.exit_code == 0, (r.stderr, r.exception)
+        return r.stdout
+    assert 'Run: run' in said('train', '--config', 'whole.yaml', '--device', 'cpu', '--out', 'run')
+    image = Path(TrainConfig.load(tmp_path/'whole.yaml').data.load().samples['path'].iloc[0])
+    assert image.name in said('predict', str(image), '--model', 'run')
