@@ -20,8 +20,8 @@ try: from torchvision.io import ImageReadMode, decode_image
 except ImportError: decode_image = None   # torchvision 0.29 announces that its decoders will go; then PIL reads everything
 
 # %% auto #0
-__all__ = ['WEIGHTS_URL', 'read_image', 'Transform', 'Backbone', 'load_weights', 'create_backbone', 'list_backbones',
-           'register_backbone']
+__all__ = ['WEIGHTS_URL', 'read_image', 'read_bands', 'Transform', 'Backbone', 'load_weights', 'widen_input', 'create_backbone',
+           'list_backbones', 'register_backbone']
 
 # %% ../nbs/03_backbones.ipynb #2a272034
 def _plain(
@@ -79,7 +79,22 @@ def read_image(
         what = image if isinstance(image, (str, Path)) else f"{type(image).__name__} {getattr(image, 'shape', getattr(image, 'size', ''))}"
         raise HiermetricError(f"Cannot read the image {what}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
-# %% ../nbs/03_backbones.ipynb #df1febe8
+# %% ../nbs/03_backbones.ipynb #2ead3208
+def read_bands(
+    image:str|Path|np.ndarray|Tensor, # a .npy file, an (H, W, C) array, or a (C, H, W) uint8 tensor
+    channels:int, # C that is wanted
+)->Tensor: # (C, H, W) uint8
+    "Pixels of a picture with any number of bands; raises `HiermetricError` that names the file and what is wrong with it"
+    if not isinstance(image, Tensor):
+        try: a = np.load(image, allow_pickle=False) if isinstance(image, (str, Path)) else np.asarray(image)
+        except Exception as e: raise HiermetricError(f"Cannot read the bands of {image}: {(str(e) or type(e).__name__).splitlines()[0]}. A picture with {channels} bands is an (H, W, {channels}) array in a .npy file.") from e
+        try: a = a if a.dtype == np.uint8 else _deep(a)
+        except (HiermetricError, TypeError, ValueError) as e: raise HiermetricError(f"Cannot use the bands of {image if isinstance(image, (str, Path)) else 'an array'}: {e}.") from e
+        image = torch.from_numpy(np.array(np.moveaxis(a, -1, 0))) if a.ndim == 3 else torch.from_numpy(np.array(a))
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels or 0 in image.shape: raise HiermetricError(f"A picture with {channels} bands is (H, W, {channels}), or uint8 of shape ({channels}, H, W) as a tensor, not {tuple(image.shape)} of {image.dtype}.")
+    return image
+
+# %% ../nbs/03_backbones.ipynb #a6360ecf
 @dataclass(frozen=True)
 class Transform:
     "The way from a picture to a network's input"
@@ -97,26 +112,31 @@ class Transform:
         self.colour
 
     @property
+    def channels(self)->int: # C
+        "Channels of a picture; 3, but for a network that `create_backbone` widened"
+        return len(self.mean)
+
+    @property
     def colour(self)->tuple[int,int,int]|None: # None: repeat the rim
         "The padding's colour"
         f = {'white': 255, 'black': 0, None: tuple(round(m) for m in self.mean)}.get(self.fill, self.fill) if not isinstance(self.fill, list) else tuple(self.fill)
         if f == 'edge': return None
-        f = (f,)*3 if isinstance(f, (int, np.integer)) else f
-        if not isinstance(f, tuple) or len(f) != 3 or not all(0 <= o <= 255 for o in f): raise HiermetricError(f"fill is 'white', 'black', 'edge', a grey value or an (r, g, b) of 0 to 255, or None, not {self.fill!r}.")
+        f = (f,)*self.channels if isinstance(f, (int, np.integer)) else f
+        if not isinstance(f, tuple) or len(f) != self.channels or not all(0 <= o <= 255 for o in f): raise HiermetricError(f"fill is 'white', 'black', 'edge', a grey value or an (r, g, b) of 0 to 255, or None, not {self.fill!r}.")
         return f
 
     def pixels(self,
         image:Any, # whatever `read_image` takes
-    )->Tensor: # (3, S, S) uint8
+    )->Tensor: # (3, S, S) uint8; (C, S, S) of a picture with C bands
         "Read and make square; what batches are made of, since it is a quarter of the bytes of `__call__`"
-        x = read_image(image, (None if self.fill is None else self.colour) or (255,)*3)
-        return {'crop': self._crop, 'pad': self._pad, 'stretch': self._resize}[self.fit](x).expand(3, -1, -1)
+        x = read_image(image, (None if self.fill is None else self.colour) or (255,)*3) if self.channels == 3 else read_bands(image, self.channels)
+        return {'crop': self._crop, 'pad': self._pad, 'stretch': self._resize}[self.fit](x).expand(self.channels, -1, -1)
 
     def normalize(self,
         x:Tensor, # (…, 3, S, S) uint8 or float in [0, 255]
     )->Tensor: # same shape, float32
         "@eq-normalise"
-        m, s = (torch.tensor(o, device=x.device).view(3, 1, 1) for o in (self.mean, self.std))
+        m, s = (torch.tensor(o, device=x.device).view(-1, 1, 1) for o in (self.mean, self.std))
         return (x.float() - m)/s
 
     def __call__(self,
@@ -142,11 +162,11 @@ class Transform:
         h, w = x.shape[1:]
         t, l = (S - h)//2, (S - w)//2
         if self.colour is None: return F.pad(x, [l, t, S-w-l, S-h-t], padding_mode='edge')
-        out = torch.tensor(self.colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, S, S)
+        out = torch.tensor(self.colour, dtype=torch.uint8).view(-1, 1, 1).repeat(1, S, S)
         out[:, t:t+h, l:l+w] = x
         return out
 
-# %% ../nbs/03_backbones.ipynb #060c6156
+# %% ../nbs/03_backbones.ipynb #279f9642
 class Backbone:
     "A frozen network (B, 3, S, S) → (B, F) with the preprocessing that belongs to its weights"
     def __init__(self,
@@ -177,10 +197,11 @@ class Backbone:
 
     @torch.inference_mode()
     def __call__(self,
-        x:Tensor, # (B, 3, S, S) float32, normalised (`transform` does it)
+        x:Tensor, # (B, C, S, S) float32, normalised (`transform` does it); C is 3 unless widened
     )->Tensor: # (B, F)
         "Pooled features; refuses what would only give nonsense"
-        if x.ndim != 4 or x.shape[1] != 3: raise HiermetricError(f"A backbone takes (B, 3, S, S), not {tuple(x.shape)}; `backbone.transform(image)` makes one image ready, torch.stack a batch.")
+        C = self.transform.channels
+        if x.ndim != 4 or x.shape[1] != C: raise HiermetricError(f"A backbone takes (B, {C}, S, S), not {tuple(x.shape)}; `backbone.transform(image)` makes one image ready, torch.stack a batch.")
         if not x.is_floating_point(): raise HiermetricError(f"A backbone takes normalised floating-point images, not {x.dtype}; use `backbone.transform` (or `transform.normalize` on pixels).")
         if not torch.isfinite(x).all(): raise HiermetricError("The images hold NaN or infinite values.")
         return self.model(x)
@@ -255,7 +276,35 @@ def _timm(arch:str, pretrained:bool, size:int|None)->tuple[nn.Module, Transform,
     t = Transform(size or cfg['input_size'][-1], cfg['crop_pct'], *(tuple(round(255*o, 4) for o in cfg[k]) for k in ('mean', 'std')), interpolation=cfg['interpolation'].replace('random', 'bicubic'))
     return model, t, model.num_features if not hasattr(model, 'head_hidden_size') else model.head_hidden_size, head if isinstance(head, nn.Linear) else None
 
-# %% ../nbs/03_backbones.ipynb #1c77af41
+# %% ../nbs/03_backbones.ipynb #572b8421
+def _copies(
+    w:Tensor, # (…, 3, h, w)
+    channels:int, # C
+)->Tensor: # (…, C, h, w)
+    "@eq-widen"
+    if channels < 3: return w.sum(-3, keepdim=True).expand(*w.shape[:-3], channels, *w.shape[-2:])/channels
+    colour = torch.arange(channels, device=w.device) % 3
+    return w.index_select(-3, colour)/torch.bincount(colour)[colour].to(w).view(-1, 1, 1)
+
+def _widen_transform(t:Transform, channels:int)->Transform:
+    "Mean and standard deviation for C channels"
+    def more(o:tuple)->tuple: return tuple(o[j % 3] for j in range(channels)) if channels >= 3 else (sum(o)/3,)*channels
+    return replace(t, mean=more(t.mean), std=more(t.std))
+
+# %% ../nbs/03_backbones.ipynb #e20a4354
+def widen_input(
+    model:nn.Module, # a network on (B, 3, S, S)
+    channels:int, # C, at least 1
+)->nn.Module: # the same, changed, on (B, C, S, S)
+    "Make the first convolution take C channels, by copies of its weights"
+    if channels < 1: raise HiermetricError(f"A picture has at least one channel, not {channels}.")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first.in_channels != 3 or first.groups != 1: raise HiermetricError(f"The first convolution of {type(model).__name__} takes {getattr(first, 'in_channels', 'no')} channels; only a network that takes 3 can be widened.")
+    first.weight = nn.Parameter(_copies(first.weight.detach(), channels), first.weight.requires_grad)
+    first.in_channels = channels
+    return model
+
+# %% ../nbs/03_backbones.ipynb #5839b253
 _backbones = Registry('backbone',
     efficientnet_lite0=('hiermetric.backbones._lite0', 'EfficientNet-Lite0, 1,280 features, 224 px: weights come with pip, quick on a CPU (the default)'),
     efficientnet_v2_s=('hiermetric.backbones._efficientnet_v2_s', "EfficientNetV2-S, 1,280 features, 384 px: the thesis's, torchvision's weights"),
@@ -268,10 +317,12 @@ def create_backbone(
     size:int|None=None, # input size S in pixels; None: the size of its training
     fit:str='crop', # 'crop' | 'pad' | 'stretch', see `Transform`
     fill:str|int|tuple|None=None, # padding, see `Transform`
+    in_channels:int=3, # C; other than 3: the first convolution is made for it by `widen_input`
 )->Backbone: # frozen, in evaluation mode
     "A network by name, with its own preprocessing"
     make = functools.partial(_timm, name.removeprefix('timm:')) if name.startswith('timm:') else _backbones[name]
     model, transform, dim, head = make(pretrained=pretrained, size=size)
+    if in_channels != 3: model, transform = widen_input(model, in_channels), _widen_transform(transform, in_channels)
     return Backbone(name, model, replace(transform, fit=fit, fill=fill), dim, head if pretrained else None, pretrained)
 
 def list_backbones()->'pandas.DataFrame': # indexed by name, one column

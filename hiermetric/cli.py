@@ -55,7 +55,7 @@ def _main(
 )->None:
     "Hierarchical metric learning on images: compare heads on a taxonomy, fairly."
 
-# %% ../nbs/16_cli.ipynb #f5a7309c
+# %% ../nbs/16_cli.ipynb #7362670d
 _Data = Annotated[str, typer.Option('--data', '-d', help="synthetic-taxa, tiny-imagenet, planktonset, cifar-100, or a folder with one folder of images a class.")]
 _Tree = Annotated[str | None, typer.Option('--taxonomy', help="CSV with the columns class,lineage (needed for a folder unless its folders are nested).")]
 _Backbone = Annotated[str, typer.Option('--backbone', help="efficientnet_lite0, efficientnet_v2_s, resnet18, resnet50, or timm:NAME.")]
@@ -73,10 +73,14 @@ def _features(data:str, taxonomy:str|None, held_out:str|None, backbone:str, size
     "Images by name or folder, their tree, their features; the last from the cache where they are"
     from hiermetric.datasets import load_dataset
     from hiermetric.features import extract
-    held = int(held_out) if (held_out or '').strip().isdecimal() else _names(held_out or '')
-    f = extract(load_dataset(data, taxonomy=taxonomy, held_out=held), backbone, size=size, skip_bad=skip_bad, progress=True)
-    if skipped := f.meta['skipped']: _say('\n'.join([f'Note: {len(skipped)} unreadable images were left out.', *skipped]), 'yellow')
+    f = extract(load_dataset(data, taxonomy=taxonomy, held_out=_held(held_out)), backbone, size=size, skip_bad=skip_bad, progress=True)
+    _note_skipped(f)
     return f
+
+def _held(text:str|None)->int|list[str]: return int(text) if (text or '').strip().isdecimal() else _names(text or '')
+
+def _note_skipped(f:Features)->None:
+    if skipped := f.meta['skipped']: _say('\n'.join([f'Note: {len(skipped)} unreadable images were left out.', *skipped]), 'yellow')
 
 def _folder(out:Path|None, data:str, *more:str)->Path:
     "`--out`, or a place under runs/ that is named after the data"
@@ -152,9 +156,22 @@ def features(
     counts = ', '.join(f'{n:,} {s}' for s, n in Counter(f.split).items())
     Console().print(Text(f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}' + (f'\nSaved: {out}' if out else '')), soft_wrap=True)
 
-# %% ../nbs/16_cli.ipynb #71f5fd4e
+# %% ../nbs/16_cli.ipynb #e38b9b9c
+_KEYS = dict(data='data.name', taxonomy='data.taxonomy', held_out='data.held_out', head='head', seed='seed', epochs='epochs', lr='lr', backbone='backbone', size='image_size', log='log')   # option → setting
+
+def _config(ctx:typer.Context, config:Path|None, settings:list[str])->TrainConfig:
+    "File, then options, then KEY=VALUE"
+    from hiermetric.config import TrainConfig
+    typed = {k: v for k, v in ctx.params.items() if k in _KEYS and v is not None and (config is None or ctx.get_parameter_source(k).name == 'COMMANDLINE')}
+    turn = dict(held_out=_held, log=_names)
+    return TrainConfig.load(config, [(_KEYS[k], turn.get(k, lambda o: o)(v)) for k, v in typed.items()] + settings)
+
+# %% ../nbs/16_cli.ipynb #fe324b4e
 @app.command()
 def train(
+    ctx:typer.Context,
+    settings:Annotated[list[str] | None, typer.Argument(metavar='[KEY=VALUE]...', help="Any setting of a run: lr=0.001 head_kw.s=30 data.val=0.2.")]=None,
+    config:Annotated[Path | None, typer.Option('--config', '-c', help="YAML file with the run's settings; options and KEY=VALUE change them.")]=None,
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
     held_out:_Held=None,
@@ -165,27 +182,33 @@ def train(
     backbone:_Backbone='efficientnet_lite0',
     size:_Size=None,
     device:_Device=None,
-    log:Annotated[str, typer.Option(help="csv, wandb, or both with a comma.")]='csv',
+    workers:Annotated[int | None, typer.Option(min=0, help="Processes that read images; none on a CPU by default.")]=None,
+    compile:Annotated[bool, typer.Option('--compile', help="Compile the backbone, where images are trained on.")]=False,
+    log:Annotated[str, typer.Option(help="csv, json, console, wandb, tensorboard, with commas between them.")]='csv,json',
     fresh:Annotated[bool, typer.Option('--fresh', help="Start over even if the folder holds a run.")]=False,
     ranks:_Ranks=None,
     detector:Annotated[str, typer.Option(help="What shall flag novel images in predict; a name of list_detectors().")]='softmax',
     skip_bad:_Skip=False,
     out:_Out=None,
 )->None:
-    """Train one head and keep it; a run that was stopped continues.
+    """Train one model and keep it; a run that was stopped continues.
 
-    Example:
+    Examples:
 
     [cyan]hiermetric train --data cifar-100 --head arcface --seed 1 --out runs/mine[/]
     [cyan]hiermetric train --data cifar-100 --held-out 10 --out runs/mine[/]
+    [cyan]hiermetric train --config nbs/configs/hace.yaml data.name=cifar-100 head_kw.eps=0.2 --out runs/mine[/]
     """
-    f, where = _features(data, taxonomy, held_out, backbone, size, skip_bad), _folder(out, data, f'{head}-seed{seed}')
-    from hiermetric.training import fit
-    given = {k: v for k,v in dict(epochs=epochs, lr=lr).items() if v is not None}
-    run = fit(f, head, seed=seed, out=where, resume=not fresh, device=device, log=tuple(log.split(',')), progress=True, **given)
-    from hiermetric.predictor import Predictor
-    Predictor.from_model(run.model, f, ranks, detector).save_pretrained(where/'model', model_card_kwargs={'repo_id': str(where)})
+    cfg = _config(ctx, config, settings or [])
+    where = _folder(out, cfg.data.name, f'{config.stem if config else cfg.head}-seed{cfg.seed}')
+    inputs = cfg.inputs(skip_bad, progress=True)
+    if not cfg.images: _note_skipped(inputs)
+    run = cfg.train(where, inputs, resume=not fresh, device=device, workers=workers, compile=compile, progress=True)
     best = f"epoch {run.best_epoch + 1} of {len(run.history)}, validation top-1 {run.best['val_top1']:.1%}, NLL {run.best['val_nll']:.3f}"
+    from hiermetric.features import extract
+    from hiermetric.predictor import Predictor
+    seen = extract(inputs, run.model.backbone, skip_bad=skip_bad, progress=True) if cfg.images else inputs   # a trained backbone has features of its own
+    Predictor.from_model(run.model, seen, ranks, detector).save_pretrained(where/'model', model_card_kwargs={'repo_id': str(where)})
     Console().print(Text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #f6daff36

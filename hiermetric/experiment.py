@@ -342,10 +342,10 @@ def compare(
     if out: report.save(out)
     return report
 
-# %% ../nbs/15_experiment.ipynb #39e4bc7d
+# %% ../nbs/15_experiment.ipynb #3e4e1cd3
 def _variants(heads:Sequence, settings:dict, seeds:int, tax:Taxonomy)->list[Variant]:
     "The competitors, looked over before anything is trained"
-    if unknown := [k for k in settings if k not in inspect.signature(fit).parameters or k in ('features', 'head', 'seed', 'out', 'log', 'progress', 'resume')]:
+    if unknown := [k for k in settings if k not in inspect.signature(fit).parameters or k in ('data', 'head', 'seed', 'out', 'log', 'progress', 'resume')]:
         raise HiermetricError(f"compare has no setting {unknown[0]!r}.{did_you_mean(unknown[0], inspect.signature(fit).parameters)} A head's own settings go with it: heads=[('label', 'head', {{{unknown[0]!r}: …}})].")
     variants = [Variant.of(h, settings) for h in heads]
     if not variants or seeds < 1: raise HiermetricError("A comparison needs at least one head and one seed.")

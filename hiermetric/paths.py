@@ -17,8 +17,9 @@ from .sphere import leaf_sums, sibling_log_softmax
 
 # %% auto #0
 __all__ = ['JOINTS', 'ATTENTIONS', 'root_path', 'path_rings', 'group_logsumexp', 'path_steps', 'Objective', 'StepObjective',
-           'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels', 'SoftMaxMargin', 'PathSoftmax',
-           'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention', 'semantic_vectors', 'SemanticEmbedding']
+           'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels', 'SoftMaxMargin', 'LogitAdjusted',
+           'leaf_counts', 'PathSoftmax', 'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention',
+           'semantic_vectors', 'SemanticEmbedding']
 
 # %% ../nbs/09_paths.ipynb #865202d1
 def root_path(
@@ -223,6 +224,47 @@ class SoftMaxMargin(Objective):
     def nll(self, logits:Tensor, targets:Tensor)->Tensor:
         d = leaf_costs(targets, self.taxonomy)
         return subtree_nll(logits + self.tau*d, d == 0)
+
+# %% ../nbs/09_paths.ipynb #bbcf872e
+class LogitAdjusted(Objective):
+    "Cross-entropy on logits shifted by the log of the class frequency [@menon2021long]"
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # L leaves, N nodes
+        base:str='classifier', # name of the leaf head that makes the logits
+        base_kw:dict|None=None, # its settings
+        tau:float=1., # τ; 0 is cross-entropy, 1 treats all classes alike
+        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
+    ):
+        super().__init__(in_features, taxonomy, base, base_kw, class_weights)
+        if not 0 <= tau < math.inf: raise HiermetricError(f"tau must be a number of at least 0, not {tau}; 0.5 to 1.5 is usual.")
+        self.tau = float(tau)
+        self.register_buffer('shift', torch.full((taxonomy.n_leaves,), -math.log(taxonomy.n_leaves)))   # log π, all alike until `prepare`
+
+    def nll(self, logits:Tensor, targets:Tensor)->Tensor:
+        column, under = self.labels(targets)
+        z = logits + self.tau*self.shift
+        return F.cross_entropy(z, column, reduction='none') if under is None else subtree_nll(z, under)
+
+# %% ../nbs/09_paths.ipynb #fcef0afb
+def leaf_counts(
+    targets:Tensor, # (n,) node ids, leaves or not
+    taxonomy:Taxonomy, # L leaves
+)->Tensor: # (L,) float64, n in sum
+    "Images of each leaf; one labelled at an inner node is spread in equal parts over the leaves under it"
+    n, start, stop = torch.bincount(targets.cpu(), minlength=len(taxonomy)).double(), taxonomy.tensor('leaf_start'), taxonomy.tensor('leaf_stop')
+    share = n/(stop - start)
+    steps = n.new_zeros(taxonomy.n_leaves + 1).index_add(0, start, share).index_add(0, stop, -share)
+    return steps.cumsum(0)[:-1].clamp_min(0)   # a rounding error below 0 is 0
+
+@patch
+def prepare(self:LogitAdjusted,
+    emb:Tensor, # (n, D), not looked at
+    targets:Tensor, # (n,) node ids of the training split
+)->None:
+    "Before training: count the classes, @eq-adjusted"
+    n = leaf_counts(targets, self.taxonomy).clamp_min(1)
+    self.shift.copy_((n/n.sum()).log())
 
 # %% ../nbs/09_paths.ipynb #01489abc
 class PathSoftmax(LeafHead):

@@ -359,7 +359,8 @@ def tensor(self:Taxonomy,
     import torch
     key = name, torch.device(device or 'cpu')
     if key not in self._tensors:
-        a = getattr(self, name); self._tensors[key] = torch.tensor(a, device=device, dtype=torch.float64 if a.dtype.kind=='f' else torch.int64)
+        a = getattr(self, name)
+        with torch.inference_mode(False): self._tensors[key] = torch.tensor(a, device=device, dtype=torch.float64 if a.dtype.kind=='f' else torch.int64)   # whoever asks first, autograd may ask next
     return self._tensors[key]
 
 @patch

@@ -1,11 +1,12 @@
 "Backbones: pictures of every kind, preprocessing against independent implementations, weights that are what they claim."
 import functools, hashlib, http.server, threading
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest, timm, torch, torchvision
 from PIL import Image
 from hiermetric import backbones as hb
-from hiermetric.backbones import Transform, create_backbone, list_backbones, load_weights, read_image
+from hiermetric.backbones import Transform, create_backbone, list_backbones, load_weights, read_bands, read_image
 from hiermetric.core import HiermetricError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -167,6 +168,50 @@ def test_fingerprint_sees_every_setting_and_every_weight():
     assert len(set(prints)) == len(prints)
     made[0].model.state_dict()['bn1.running_mean'][0] += 1
     assert made[0].fingerprint != prints[0]
+
+FAMILIES = ['efficientnet_lite0', 'resnet18', 'resnet50', 'efficientnet_v2_s', 'timm:resnet10t', 'timm:vit_tiny_patch16_224', 'timm:convnext_atto', 'timm:mobilenetv3_small_050']
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_twelve_channels(name):
+    "Bands that repeat the colours give the colours' features; then every band can be trained by itself"
+    narrow, wide = (create_backbone(name, pretrained=name == 'efficientnet_lite0', size=64, fit='pad', fill='white', in_channels=c) for c in (3, 12))
+    image = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    x, y = (b.transform(i)[None] for b, i in ((narrow, image), (wide, np.tile(image, 4))))
+    assert y.shape == (1, 12, 64, 64) and torch.equal(y, x.repeat(1, 4, 1, 1)) and wide.dim == narrow.dim
+    z = narrow(x); tiny = 1e-3*z.abs().max()   # some untrained networks answer in millionths
+    assert (wide(y) - z).abs().max() < tiny
+    bands = y.clone(); bands[:, 7] = 0
+    assert (wide(bands) - z).abs().max() > tiny   # the eighth band is looked at
+    first = next(m for m in wide.model.modules() if isinstance(m, torch.nn.Conv2d))
+    wide.model.requires_grad_(True)(torch.randn(2, 12, 64, 64)).square().sum().backward()
+    assert first.weight.grad.shape[1] == 12 and (first.weight.grad.abs().sum((0, 2, 3)) > 0).all()
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 7])
+def test_equal_channels_are_a_grey_picture(channels):
+    narrow, wide = (create_backbone('timm:resnet10t', pretrained=False, size=64, in_channels=c) for c in (3, channels))
+    one = torch.randn(2, 1, 64, 64)
+    assert torch.allclose(wide(one.expand(-1, channels, -1, -1)), narrow(one.expand(-1, 3, -1, -1)), atol=1e-5)
+    assert wide.transform.pixels(np.zeros((30, 20, channels), np.uint8)).shape == (channels, 64, 64)
+
+@pytest.mark.parametrize('fit', ['crop', 'pad', 'stretch'])
+@pytest.mark.parametrize('fill,want', [(None, None), ('white', 255), (7, 7), (tuple(range(12)), None), ('edge', None)])
+def test_bands_are_fitted_as_colours_are(tmp_path, fit, fill, want):
+    t = replace(create_backbone('timm:resnet10t', pretrained=False, size=64, in_channels=12).transform, fit=fit, fill=fill)
+    a = np.random.default_rng(0).integers(0, 256, (40, 70, 12), dtype=np.uint8); np.save(tmp_path/'a.npy', a)
+    x = t.pixels(tmp_path/'a.npy')
+    assert x.shape == (12, 64, 64) and torch.equal(x, t.pixels(a))
+    three = replace(t, mean=t.mean[:3], std=t.std[:3], fill=fill if fill is None or not isinstance(fill, tuple) else fill[:3])
+    assert torch.equal(x[:3], three.pixels(a[..., :3].copy()))
+    if fit == 'pad' and want is not None: assert (x[:, 0] == want).all()
+
+@pytest.mark.parametrize('make,says', [
+    (lambda d: create_backbone('timm:resnet10t', pretrained=False, in_channels=0), 'at least one channel, not 0'),
+    (lambda d: read_bands(d/'none.npy', 4), 'none.npy'), (lambda d: read_bands(d/'text.npy', 4), 'text.npy'), (lambda d: read_bands(d/'object.npy', 4), 'object.npy'),
+    (lambda d: read_bands(np.zeros((5, 5), np.uint8), 4), r'is \(H, W, 4\)'), (lambda d: read_bands(np.full((5, 5, 4), np.nan), 4), 'NaN'),
+    (lambda d: create_backbone('timm:resnet10t', pretrained=False, in_channels=4, fill=(1, 2, 3)), r'not \(1, 2, 3\)')])
+def test_bad_bands_are_refused(tmp_path, make, says):
+    (tmp_path/'text.npy').write_text('hello'); np.save(tmp_path/'object.npy', np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(HiermetricError, match=says): make(tmp_path)
 
 @pytest.mark.parametrize('x,says', [(torch.zeros(3, 64, 64), r'takes \(B, 3, S, S\), not \(3, 64, 64\)'), (torch.zeros(2, 1, 64, 64), r'not \(2, 1, 64, 64\)'), (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'not torch.uint8; use `backbone.transform`'), (torch.full((1, 3, 64, 64), torch.inf), 'NaN or infinite')])
 def test_wrong_batches_are_refused(x, says):

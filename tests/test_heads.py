@@ -3,7 +3,7 @@ import json, math, subprocess, sys
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from hiermetric.core import HiermetricError
-from hiermetric.heads import (EMBEDDINGS, INITS, Classifier, EmbeddingNet, Head, HEADS, LeafHead, Model, create_head,
+from hiermetric.heads import (EMBEDDINGS, INITS, Classifier, EmbeddingNet, Encoder, Head, HEADS, LeafHead, Model, create_head,
     inverse_frequency, list_heads, prototypes, register_head, subtree_nll)
 from hiermetric.taxonomy import Taxonomy
 
@@ -296,3 +296,19 @@ def test_abstract_heads():
     h = LeafHead(D, TAX)
     with pytest.raises(NotImplementedError): h.logits(torch.zeros(1, D))
     with pytest.raises(NotImplementedError): Head(D, TAX).loss(torch.zeros(1, D), torch.zeros(1).long())
+
+def test_an_encoder_travels_with_its_model(tmp_path):
+    encoder = Encoder('timm:test_efficientnet', size=32, pretrained=False, size_input=True, channels_last=True, fit='pad', fill=(250, 251, 252))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in encoder.parameters(): p += .1*torch.randn_like(p)
+    encoder.learn_sizes(torch.tensor([[10, 20], [30, 40]]))
+    m = Model(EmbeddingNet(encoder.out_features, D), create_head('arcface', D, TAX), encoder).eval(); m.save(tmp_path/'m'); back = Model.load(tmp_path/'m')
+    x, size = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8), torch.randint(10, 90, (5, 2))
+    with torch.no_grad():
+        assert torch.equal(m.node_probs(x, size), back.node_probs(x, size)) and not torch.allclose(m.embed(x, size), m.embed(x, size*2))
+        assert torch.allclose(back.node_probs(x, size), back.top.node_probs(back.encoder.append_size(back.backbone(back.backbone.transform.normalize(x)), size)), atol=1e-5)
+    assert m.backbone.fingerprint == back.backbone.fingerprint and back.backbone.transform.fill == (250, 251, 252) and (top := m.top).backbone is None and top.top is top
+    assert not any(p.requires_grad for p in m.backbone.model.parameters()) and all(p.requires_grad for p in m.encoder.net.parameters())   # a copy
+    with pytest.raises(HiermetricError, match='size of the original images'): m.node_probs(x)
+    with pytest.raises(HiermetricError, match='encoder gives 258 numbers and the embedding expects 12'): Model(EmbeddingNet(12, D), create_head('arcface', D, TAX), encoder)

@@ -4,8 +4,8 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from hiermetric.core import HiermetricError
 from hiermetric.heads import HEADS, EmbeddingNet, Model, create_head, register_head
-from hiermetric.paths import (HACE, HXE, ArcFaceMultiHead, ConditionalSoftmax, HierarchicalAttention, PathSoftmax, SemanticEmbedding,
-    SimpleHierarchy, SoftLabels, SoftMaxMargin, group_logsumexp, leaf_costs, path_rings, path_steps, ramp, root_path, semantic_vectors)
+from hiermetric.paths import (HACE, HXE, ArcFaceMultiHead, ConditionalSoftmax, HierarchicalAttention, LogitAdjusted, PathSoftmax, SemanticEmbedding,
+    SimpleHierarchy, SoftLabels, SoftMaxMargin, group_logsumexp, leaf_costs, leaf_counts, path_rings, path_steps, ramp, root_path, semantic_vectors)
 from hiermetric.sphere import path_sums
 from hiermetric.taxonomy import Taxonomy
 
@@ -14,7 +14,7 @@ D = 8
 ARC = dict(base='arcface', base_kw=dict(s=16., m=.3))
 ALL = {'hxe': (HXE, dict(alpha=.4)), 'hxe arcface': (HXE, ARC), 'hace': (HACE, dict(eps=.3)), 'hace arcface': (HACE, ARC), 'hace attention': (HACE, dict(base='attention')),
     'soft_labels': (SoftLabels, dict(beta=4.)), 'soft_labels arcface': (SoftLabels, ARC), 'simple_hierarchy': (SimpleHierarchy, {}), 'simple_hierarchy arcface': (SimpleHierarchy, ARC),
-    'soft_max_margin': (SoftMaxMargin, dict(tau=2.)), 'soft_max_margin arcface': (SoftMaxMargin, ARC), 'path_softmax': (PathSoftmax, {}), 'conditional': (ConditionalSoftmax, {}),
+    'soft_max_margin': (SoftMaxMargin, dict(tau=2.)), 'soft_max_margin arcface': (SoftMaxMargin, ARC), 'logit_adjusted': (LogitAdjusted, dict(tau=.8)), 'logit_adjusted arcface': (LogitAdjusted, ARC), 'path_softmax': (PathSoftmax, {}), 'conditional': (ConditionalSoftmax, {}),
     'arcface_levels': (ArcFaceMultiHead, dict(m=.3)), 'attention': (HierarchicalAttention, dict(m=.3)), 'attention uniform': (HierarchicalAttention, dict(attention='uniform')),
     'attention leaf': (HierarchicalAttention, dict(attention='leaf')), 'attention linear': (HierarchicalAttention, dict(cosine=False)), 'semantic': (SemanticEmbedding, dict(ce=.5))}
 MODULE = 'hiermetric.paths.'
@@ -82,6 +82,18 @@ def slow_margin(head, x, v):
     tax, z = head.taxonomy, train_logits(head, x, v)
     return torch.log(sum(torch.exp(o + head.tau*distance(tax, v, j)) for j,o in enumerate(z))) - torch.log(sum(torch.exp(z[j]) for j in leaves_under(tax, v)))
 
+def slow_adjusted(head, x, v):
+    "The logits of a world where the classes are as common as `counted` made them"
+    z = train_logits(head, x, v); n = [max(o, 1.) for o in counted(head.taxonomy)]
+    return -torch.log(mass([o + head.tau*math.log(k/sum(n)) for o,k in zip(z, n)], head.taxonomy, v))
+
+def tail(tax): return [v for v in range(len(tax)) for _ in range(v*v % 7)]   # labels at leaves and above; some leaves have none
+def counted(tax):
+    n = [0.]*tax.n_leaves
+    for v in tail(tax):
+        for j in leaves_under(tax, v): n[j] += 1/len(leaves_under(tax, v))
+    return n
+
 def slow_path(head, x, v):
     tax = head.taxonomy; z = torch.stack([sum(((head.weight[n-1]@x + head.bias[n-1]) for n in tax.ancestors(int(leaf)).tolist()[1:]), torch.zeros((), dtype=x.dtype)) for leaf in tax.leaves])
     return -torch.log(mass(z, tax, v))
@@ -133,7 +145,7 @@ def slow_semantic(head, x, v):
     assert np.allclose(head.vectors[tax.tensor('leaves')]@head.vectors.T, S.T, atol=1e-5)
     return (s[v] - F.normalize(x, dim=0)@u).relu() - head.ce*torch.log(mass(head.s*cos, tax, v))
 
-SLOW = {'hxe': slow_step(lambda h, k, d: math.exp(-h.alpha*k)), 'hace': slow_hace, 'soft_labels': slow_soft, 'simple_hierarchy': slow_simple, 'soft_max_margin': slow_margin,
+SLOW = {'hxe': slow_step(lambda h, k, d: math.exp(-h.alpha*k)), 'hace': slow_hace, 'soft_labels': slow_soft, 'simple_hierarchy': slow_simple, 'soft_max_margin': slow_margin, 'logit_adjusted': slow_adjusted,
     'path_softmax': slow_path, 'conditional': slow_conditional, 'arcface_levels': slow_levels, 'attention': slow_attention, 'semantic': slow_semantic}
 
 @pytest.mark.parametrize('kind', ALL)
@@ -143,6 +155,7 @@ def test_loss_is_the_slow_loss(kind, tax, seed):
     if 'simple' in kind: head = make(kind, tax, level=min(2, max(tax.height, 1)), fine_start=1., fine_ramp=4., coarse=.7); head.epoch = seed % 7
     else: head = make(kind, tax, dim=D if 'semantic' not in kind else 24)
     head = head.double(); emb, t = batch(tax, 3, seed)
+    if 'adjusted' in kind: head.prepare(None, torch.tensor(tail(tax), dtype=torch.long))
     if 'semantic' in kind: emb = torch.randn(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     if getattr(head, 'score', None) is not None:
         with torch.no_grad(): head.score.add_(torch.randn_like(head.score)/head.rate)
@@ -302,6 +315,23 @@ def test_an_objective_prefers_the_near_mistake():
     for kind in ('hxe', 'hace', 'simple_hierarchy', 'soft_labels', 'soft_max_margin'): near, far = make(kind).nll(z, t); assert near < far - .05
     near, far = HXE(D, TAX, alpha=0.).nll(z, t); assert near.item() == pytest.approx(far.item(), abs=1e-5)
 
+@settings(max_examples=25, deadline=None)
+@given(tax=trees(), seed=st.integers(0, 999))
+def test_leaf_counts(tax, seed):
+    assert np.allclose(leaf_counts(torch.tensor(tail(tax), dtype=torch.long), tax), counted(tax), atol=1e-9)
+    assert leaf_counts(torch.zeros(0, dtype=torch.long), tax).tolist() == [0.]*tax.n_leaves
+
+@pytest.mark.parametrize('tau', [0., 1.])
+def test_adjustment_takes_the_frequency_out_of_the_answer(tau):
+    "Where images tell nothing, cross-entropy learns the class frequencies and the adjusted loss that all classes are alike"
+    n = torch.tensor([64, 32, 16, 8, 4, 2]); t = TAX.tensor('leaves').repeat_interleave(n)
+    head = LogitAdjusted(1, TAX, tau=tau); emb = torch.ones(len(t), 1); head.prepare(emb, t)
+    opt = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn='strong_wolfe', tolerance_grad=1e-9, tolerance_change=1e-12)
+    def step(): opt.zero_grad(); z = head.loss(emb, t); z.backward(); return z
+    opt.step(step)
+    want = n/n.sum() if tau == 0 else torch.full((6,), 1/6)
+    assert torch.allclose(head.leaf_probs(emb[:1])[0].detach(), want, atol=2e-3)
+
 def test_schedule_is_read_at_every_call():
     head = make('simple_hierarchy', fine_start=2., fine_ramp=2.); z, t = torch.randn(3, 6), TAX.tensor('leaves')[:3]; out = []
     for head.epoch in (0., 2., 3., 4., 9.): out.append(head.nll(z, t).mean().item())
@@ -387,6 +417,7 @@ def test_to_double_and_back_keeps_the_fixed_parts():
     (lambda: HACE(D, TAX, eps=1.1), 'eps is a share in [0, 1], not 1.1'),
     (lambda: SoftLabels(D, TAX, beta=0), 'beta must be a number above 0'),
     (lambda: SoftMaxMargin(D, TAX, tau=-1), 'tau must be a number of at least 0'),
+    (lambda: LogitAdjusted(D, TAX, tau=math.inf), 'tau must be a number of at least 0, not inf'),
     (lambda: SimpleHierarchy(D, TAX, level=0), 'at depth 1 to 3 of this tree, not at 0'),
     (lambda: SimpleHierarchy(D, TAX, fine=0, coarse=0), 'must not be negative nor both 0'),
     (lambda: SimpleHierarchy(D, TAX, fine_start=1, coarse_start=2), 'nothing would be learnt'),

@@ -543,3 +543,11 @@ def test_parallel_sums_are_made_to_ascend(steps):
 
 def test_a_name_is_no_number():
     with pytest.raises(TaxonomyError, match="not by 'cod'"): Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'}).names['cod']
+
+def test_tensors_that_inference_made_serve_autograd():
+    torch = pytest.importorskip('torch')
+    tax = Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish', 'crab': 'crustacean'})
+    with torch.inference_mode(): tax.tensor('leaves')
+    x = torch.ones(len(tax), requires_grad=True)
+    x.index_select(0, tax.tensor('leaves')).square().sum().backward()
+    assert x.grad.sum() == 2*tax.n_leaves
