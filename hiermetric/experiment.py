@@ -62,7 +62,7 @@ search_space = {
     **dict.fromkeys(['sphere_multi', 'sphere_hier', 'sphere_maxconstraint'], dict(s=[8., 16., 24.], m=[0., 0.1, 0.2])), 'sphere_thesis': margins,
     'hxe': dict(alpha=[0.1, 0.2, 0.4]), 'hace': dict(eps=[0.1, 0.2, 0.3, 0.5]),
     'soft_labels': dict(beta=[4., 10., 20., 30.]), 'simple_hierarchy': dict(coarse=[0.2, 0.5, 1.]),
-    'soft_max_margin': dict(tau=[0.5, 1., 2.]), 'semantic': dict(s=[16., 24.], ce=[0.1, 0.5, 1.]),
+    'soft_max_margin': dict(tau=[0.5, 1., 2.]), 'logit_adjusted': dict(tau=[0.5, 1., 1.5]), 'semantic': dict(s=[16., 24.], ce=[0.1, 0.5, 1.]),
     'tree_gaussian': dict(strength=[1., 2., 5.], shrink=[0.05, 0.1, 0.2]),
     'kernel_ridge': dict(width=[0.5, 1., 2.], ridge=[0.03, 0.1, 0.3]),
     'LogisticRegression': dict(power=[0.5, 1.], C=[0.0003, 0.001, 0.003, 0.01, 0.03]),
