@@ -4,7 +4,7 @@
 
 # %% ../nbs/13_augment.ipynb #355d5266
 from __future__ import annotations
-import inspect, math
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 import numpy as np, torch, torch.nn.functional as nnF
@@ -262,14 +262,7 @@ def create_augment(
     **kw, # settings of that augmentation
 )->Callable: # (images, seeds) to (…, S, S) uint8
     "An augmentation by name"
-    return _entry(AUGMENTS, name, 1, kw)(image_size, **kw)
-
-# %% ../nbs/13_augment.ipynb #a909ddbc
-def _entry(registry:Registry, name:str, skip:int, kw:dict)->Callable:
-    "The entry by name; a setting in `kw` that it does not have, after its first `skip` arguments, is an error that names those it has"
-    known = list(inspect.signature(registry[name]).parameters)[skip:]
-    if bad := [k for k in kw if k not in known]: raise HiermetricError(f"The {registry.kind} {name!r} has no setting {bad[0]!r}; it has {', '.join(known) or 'none'}.{did_you_mean(bad[0], known)}")
-    return registry[name]
+    return AUGMENTS.taking(name, kw, given=['image_size'])(image_size, **kw)
 
 # %% ../nbs/13_augment.ipynb #ec85e3c1
 VIEWS = {'plankton': ((0, 0), (0, 1), (2, 0), (2, 1), (1, 0), (1, 1), (3, 0), (3, 1)), 'natural': ((0, 0), (0, 1)), 'none': ((0, 0),)} # quarter turns, mirror
@@ -364,7 +357,7 @@ def create_mix(
     **kw, # its settings: `alpha`, `tree`
 )->Mixup: # (images, targets, taxonomy) to (images, parts)
     "A mix by name"
-    return _entry(MIXES, name, 0, kw)(**kw)
+    return MIXES.taking(name, kw)(**kw)
 
 # %% ../nbs/13_augment.ipynb #3c836b35
 def _pick(
@@ -461,4 +454,4 @@ def create_sampler(
     **kw, # its settings: `q`, `m`
 )->Callable: # (targets, taxonomy, batch_size, rng) to (steps, batch) rows
     "A sampler by name"
-    return partial(_entry(SAMPLERS, name, 4, kw), **kw)
+    return partial(SAMPLERS.taking(name, kw, given=('targets', 'taxonomy', 'batch_size', 'rng')), **kw)

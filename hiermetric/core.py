@@ -4,9 +4,9 @@
 
 # %% ../nbs/00_core.ipynb #cec5167d
 from __future__ import annotations
-import difflib, hashlib, http.client, os, shutil, tarfile, tempfile, urllib.error, urllib.request, zipfile
+import difflib, hashlib, http.client, inspect, os, shutil, tarfile, tempfile, urllib.error, urllib.request, zipfile
 from contextlib import contextmanager
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +178,19 @@ class Registry:
         if not isinstance(o, str): return o
         mod, _, attr = o.rpartition('.')
         return getattr(import_module(mod), attr)
+
+    def taking(self,
+        name:str,
+        settings:Iterable[str], # what it will be called with
+        given:Sequence[str]=(), # parameters that are no settings
+    )->Callable:
+        "The entry, which has all these settings; one that it does not have is an error that names those it has"
+        p = inspect.signature(make := self[name]).parameters
+        known = [k for k in p if k not in given]
+        bad = [k for k in settings if k not in known]
+        if bad and not any(o.kind is o.VAR_KEYWORD for o in p.values()):
+            raise HiermetricError(f"The {self.kind} {name!r} has no setting {bad[0]!r}; it has {', '.join(known) or 'none'}.{did_you_mean(bad[0], known)}")
+        return make
 
     def register(self, name:str, obj:str|Callable, about:str='')->None:
         "Add an entry; a name that is taken is an error"

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean
+from .core import HiermetricError, Registry, atomic_path, choice
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll',
+__all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll', 'label_nll',
            'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads',
            'register_head', 'head_trait', 'create_head', 'Encoder', 'Model']
 
@@ -111,6 +111,14 @@ def subtree_nll(
     inside, outside = (logits.masked_fill(o, low).logsumexp(1) for o in (~under, under))
     return F.softplus(outside - inside)
 
+def label_nll(
+    logits:Tensor, # (B, L)
+    column:Tensor, # (B,) columns of the labels, where all are leaves
+    under:Tensor|None, # (B, L) as for `subtree_nll`, where some are not
+)->Tensor: # (B,)
+    "Cross-entropy for what `LeafHead.labels` tells of labels"
+    return F.cross_entropy(logits, column, reduction='none') if under is None else subtree_nll(logits, under)
+
 # %% ../nbs/05_heads.ipynb #d87bd444
 def inverse_frequency(
     targets:Tensor|Sequence[int], # (n,) node ids of the training samples; labels above the leaves are not counted
@@ -170,8 +178,7 @@ def losses(self:LeafHead,
     column:Tensor, under:Tensor|None, # of `labels(targets)`
 )->Tensor: # (B,)
     "Negative log-likelihood of labels at any node"
-    z = self.train_logits(emb, column, under)
-    return F.cross_entropy(z, column, reduction='none') if under is None else subtree_nll(z, under)
+    return label_nll(self.train_logits(emb, column, under), column, under)
 
 @patch
 def loss(self:LeafHead,
@@ -294,13 +301,7 @@ def create_head(
     **kw, # settings of that head
 )->Head: # on the CPU, in float32
     "Make a head by name"
-    make = HEADS[name]
-    p = inspect.signature(make).parameters
-    known = [k for k in p if k not in ('in_features', 'taxonomy')]
-    bad = [k for k in kw if k not in known]
-    if bad and not any(o.kind is o.VAR_KEYWORD for o in p.values()):
-        raise HiermetricError(f"The head {name!r} has no setting {bad[0]!r}; it has {', '.join(known)}.{did_you_mean(bad[0], known)}")
-    return make(in_features=in_features, taxonomy=taxonomy, **kw)
+    return HEADS.taking(name, kw, given=('in_features', 'taxonomy'))(in_features=in_features, taxonomy=taxonomy, **kw)
 
 # %% ../nbs/05_heads.ipynb #526ba81f
 class Encoder(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
-from .heads import LeafHead, create_head, prototypes, subtree_nll
+from .heads import LeafHead, create_head, label_nll, prototypes, subtree_nll
 from .aam import ArcFace, unit
 from .sphere import leaf_sums, sibling_log_softmax
 
@@ -242,9 +242,7 @@ class LogitAdjusted(Objective):
         self.register_buffer('shift', torch.full((taxonomy.n_leaves,), -math.log(taxonomy.n_leaves)))   # log π, all alike until `prepare`
 
     def nll(self, logits:Tensor, targets:Tensor)->Tensor:
-        column, under = self.labels(targets)
-        z = logits + self.tau*self.shift
-        return F.cross_entropy(z, column, reduction='none') if under is None else subtree_nll(z, under)
+        return label_nll(logits + self.tau*self.shift, *self.labels(targets))
 
 # %% ../nbs/09_paths.ipynb #fcef0afb
 def leaf_counts(

@@ -16,11 +16,12 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as VF
 from . import core
-from .core import HiermetricError, Registry, atomic_path, cache_dir, choice, did_you_mean
+from .core import HiermetricError, Registry, atomic_path, cache_dir, choice
 from .taxonomy import Taxonomy
 from .datasets import ImageTable
 from .backbones import Transform
 from .features import Features, _bar, _batches, _size
+from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss
 from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
@@ -123,9 +124,7 @@ def create_schedule(
     **kw, # the schedule's own: cycles, mult, low, shrink, at, gamma, start, end
 )->Callable[[int], float]: # step to share of the full learning rate
     "A schedule by name"
-    known = list(inspect.signature(SCHEDULES[name]).parameters)[3:]
-    if bad := [k for k in kw if k not in known]: raise HiermetricError(f"The schedule {name!r} has no setting {bad[0]!r}; it has {', '.join(known) or 'none'}.{did_you_mean(bad[0], known)}")
-    return partial(SCHEDULES[name], total=total, warmup=warmup, **kw)
+    return partial(SCHEDULES.taking(name, kw, given=('step', 'total', 'warmup')), total=total, warmup=warmup, **kw)
 
 # %% ../nbs/14_training.ipynb #8dcc78b2
 def stages(
@@ -300,7 +299,6 @@ class ImageSource:
             yield (x,) if self.sizes is None else (x, self.sizes[r].to(self.device)), torch.from_numpy(self.targets[r.numpy()]).to(self.device)
 
     def _augmented(self, x:Tensor, epoch:int, rows:Tensor)->Tensor:
-        from hiermetric.augment import image_seeds
         return self.augment(x, seeds=image_seeds(self.seed, epoch, rows))
 
 # %% ../nbs/14_training.ipynb #b8ae2488
@@ -396,7 +394,7 @@ class _Step(nn.Module):
     def forward(self, inputs:tuple, targets:Tensor, parts:list[tuple[float, Tensor]]|None=None)->Tensor:
         emb = self.model.embed(*inputs)
         if parts is None: return self.model.head.loss(emb, targets)
-        return sum(w*self.model.head.loss(emb, t) for w, t in parts)   # mixed images have several labels
+        return mixed_loss(lambda t: self.model.head.loss(emb, t), parts)   # mixed images have several labels
 
 # %% ../nbs/14_training.ipynb #327742a6
 class Trainer:
@@ -420,10 +418,7 @@ class Trainer:
         self.scales, self.opt = [g['scale'] for g in groups], create_optimizer(cfg['optimizer'], groups, cfg['lr'], cfg['momentum'], acc.device)
         self.look('prepare', train)
         self.average = None if cfg['ema'] is None else copy.deepcopy(model, {id(model.taxonomy): model.taxonomy}).requires_grad_(False)
-        self.mix = None
-        if cfg['mix']:
-            from hiermetric.augment import create_mix
-            self.mix = create_mix(cfg['mix'], **cfg['mix_kw'] or {})
+        self.mix = create_mix(cfg['mix'], **cfg['mix_kw'] or {}) if cfg['mix'] else None
         self.epoch, self.step, self.total, self.rng = 0, 0, torch.zeros((), device=acc.device), None
         self.best_epoch, self.best_value, self.best, self.history, self.seconds, self.lr = -1, -math.inf, {}, [], 0., 0.
         self.net, self.frozen, self.after_step = None, None, lambda: None
@@ -439,7 +434,6 @@ def _sampler(self:Trainer)->Callable[[int], Tensor]: # epoch to (steps, batch) r
     "Which images make up an epoch; asked inside `_seeded`"
     cfg, n = self.settings, len(self.train)
     if cfg['sampler'] == 'shuffle': return lambda epoch: torch.randperm(n)[:n//self.batch*self.batch].view(-1, self.batch)
-    from hiermetric.augment import create_sampler
     draw = create_sampler(cfg['sampler'], **cfg['sampler_kw'] or {})
     def sample(epoch:int)->Tensor:
         rows = torch.as_tensor(draw(self.train.targets, self.model.taxonomy, self.batch, np.random.default_rng(_draw(cfg['seed'], 1+epoch))))
@@ -773,9 +767,7 @@ def _sources(data:Features|ImageTable, model:Model, cfg:dict, acc:'accelerate.Ac
     "Training and validation split; decoded by one process while the others wait"
     if isinstance(data, Features): return [FeatureSource(data, s, cfg['power'], acc.device) for s in ('train', 'val')]
     augment = cfg['augment']
-    if isinstance(augment, str):
-        from hiermetric.augment import create_augment
-        augment = create_augment(augment, model.encoder.size, **cfg['augment_kw'] or {})
+    if isinstance(augment, str): augment = create_augment(augment, model.encoder.size, **cfg['augment_kw'] or {})
     with acc.main_process_first():
         train, val = (ImageSource(data, s, model.encoder.transform, acc.device, augment=a, seed=cfg['seed'], size_input=cfg['size_input'], workers=workers, progress=progress)
                       for s, a in (('train', augment), ('val', None)))

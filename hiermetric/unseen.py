@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastcore.basics import patch
-from .core import HiermetricError, Registry, did_you_mean
+from .core import HiermetricError, Registry
 from .taxonomy import Taxonomy
 from .features import Features
 from .heads import Model
@@ -266,10 +266,7 @@ def list_detectors()->pd.DataFrame: # indexed by name
 
 # %% ../nbs/12_unseen.ipynb #4908e46f
 def _create(registry:Registry, name:str, kwargs:dict):
-    make = registry[name]
-    known = list(inspect.signature(make).parameters)
-    if bad := [k for k in kwargs if k not in known]: raise HiermetricError(f"The {registry.kind} {name!r} has no setting {bad[0]!r}; it has {', '.join(known) or 'none'}.{did_you_mean(bad[0], known)}")
-    out = make(**kwargs); out.name = name
+    out = registry.taking(name, kwargs)(**kwargs); out.name = name
     return out
 
 # %% ../nbs/12_unseen.ipynb #7b202fc3
@@ -562,20 +559,20 @@ def rehearse(
     return out
 
 # %% ../nbs/12_unseen.ipynb #bc451f6f
-class Rehearsed(Detector):
+class Rehearsed(Prototype):
     "Log of @eq-rehearsal up to a constant, by a small network; `Placement.rehearse` teaches it"
     learned = 'prototypes', 'images', 'scale', 'net'
     scale, net = None, None   # (2, 8) mean and spread of what it looks at; its weights in one row
 
     def _learn(self, outputs, targets, tax):
-        self.prototypes, self.images = node_prototypes(outputs.emb.float(), targets, tax)[targets.unique()], torch.bincount(targets, minlength=len(tax))
+        super()._learn(outputs, targets, tax)
+        self.images = torch.bincount(targets, minlength=len(tax))
 
     def looks(self, o:Outputs)->Tensor: # (B, 8) float64
         "What it looks at"
-        p, (leaf, above) = leaf_distribution(o.node_probs, self.tax), (_above(o.node_probs, self.tax, k) for k in (0, 1))
-        best, at = p.topk(min(2, p.shape[1]), 1).values, o.node_probs.gather(1, torch.stack([leaf, above], 1))
-        nearest = (unit(o.emb.float())@self.prototypes.T).amax(1)
-        return torch.stack([*(1 - at).unbind(1), best[:, 0] - best[:, -1], torch.special.entr(p).sum(1), 1 - nearest,
+        p, leaf = leaf_distribution(o.node_probs, self.tax), _above(o.node_probs, self.tax, 0)
+        best, at = p.topk(min(2, p.shape[1]), 1).values, o.node_probs.gather(1, torch.stack([leaf, self.tax.tensor('parents')[leaf].clamp(min=0)], 1))
+        return torch.stack([*(1 - at).unbind(1), best[:, 0] - best[:, -1], torch.special.entr(p).sum(1), super()._score(o),
                             self.tax.tensor('depths')[leaf], self.images[leaf].log1p(), o.emb.float().norm(dim=1)], 1).double()
 
     def _network(self)->nn.Module:

@@ -1,4 +1,4 @@
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 import pytest
 
@@ -13,3 +13,15 @@ def one_thread():
     before = torch.get_num_threads(); torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+@pytest.fixture
+def quick_page(tmp_path, monkeypatch):
+    "Runs a page of nbs/results in its quick profile, in a copy; gives what it said, and its error outputs"
+    def run(name, timeout=600):
+        import execute_nbs, nbformat
+        monkeypatch.setenv('HIERMETRIC_PROFILE', 'quick')
+        copy = Path(shutil.copy(Path(__file__).resolve().parent.parent/'nbs'/'results'/f'{name}.ipynb', tmp_path))
+        execute_nbs.run(copy, ['data'], timeout=timeout)
+        outputs = [o for c in nbformat.read(copy, 4).cells if c.cell_type == 'code' for o in c.outputs]
+        return '\n'.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', '')) for o in outputs), [o for o in outputs if o.output_type == 'error']
+    return run
