@@ -55,6 +55,7 @@ class Head(nn.Module):
     embedding: str = 'linear' # kind of `EmbeddingNet` that suits the head
     closed: bool = False # solved by `prepare`; one epoch, for its scale, is enough
     epoch: float = 0. # how long training has gone on, in epochs; a trainer sets it, heads with a schedule read it
+    rows: Tensor|None = None # (B,) which training images the batch holds; a trainer sets it, heads with a memory read it
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes
@@ -67,8 +68,11 @@ class Head(nn.Module):
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
     def node_probs(self, emb:Tensor)->Tensor: raise NotImplementedError
     def leaf_probs(self, emb:Tensor)->Tensor: return self.node_probs(emb)[:, self.taxonomy.tensor('leaves', emb.device)]
+    def represent(self, emb:Tensor)->Tensor: return emb   # (B, D'): what neighbours are looked up by
     def prepare(self, emb:Tensor, targets:Tensor)->None: "Called once before training with all (n, D) embeddings and (n,) node ids of the training split; most heads need nothing"
-    def calibrate(self, emb:Tensor, targets:Tensor)->None: "Called once after training, with the validation split"
+    def refresh(self, emb:Tensor, targets:Tensor)->None: "Called before every epoch with the training split as the model sees it then"
+    def conclude(self, emb:Tensor, targets:Tensor)->None: "Called once after training, with the training split"
+    def calibrate(self, emb:Tensor, targets:Tensor)->None: "Called after `conclude`, with the validation split"
 
     def check(self,
         emb:Tensor, # (B, D)
@@ -373,6 +377,7 @@ class Model(nn.Module):
     @property
     def taxonomy(self)->Taxonomy: return self.head.taxonomy
     def embed(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.embedding(x if self.encoder is None else self.encoder(x, size))
+    def represent(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.head.represent(self.embed(x, size))
     def forward(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.head(self.embed(x, size))
     def loss(self, x:Tensor, targets:Tensor, size:Tensor|None=None)->Tensor: return self.head.loss(self.embed(x, size), targets)
     def node_probs(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.head.node_probs(self.embed(x, size))

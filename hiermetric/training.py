@@ -29,8 +29,9 @@ from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep', 'onecycle',
            'constant', 'create_schedule', 'stages', 'parameter_groups', 'create_optimizer', 'split_tensors',
            'FeatureSource', 'image_size', 'decode_split', 'ImageSource', 'make_accelerator', 'set_training',
-           'ema_update', 'Trainer', 'predict', 'checkpoint_due', 'csv_logger', 'json_logger', 'console_logger',
-           'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run', 'fit', 'check_identity']
+           'ema_update', 'Trainer', 'predict', 'embeddings', 'checkpoint_due', 'csv_logger', 'json_logger',
+           'console_logger', 'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run', 'fit',
+           'check_identity']
 
 # %% ../nbs/14_training.ipynb #dff66f7e
 def toy_features(
@@ -299,12 +300,19 @@ class ImageSource:
             yield (x,) if self.sizes is None else (x, self.sizes[r].to(self.device)), torch.from_numpy(self.targets[r.numpy()]).to(self.device)
 
     def _augmented(self, x:Tensor, epoch:int, rows:Tensor)->Tensor:
-        return self.augment(x, seeds=image_seeds(self.seed, epoch, rows))
+        return self.augment(x, seeds=image_seeds(self.seed, epoch, _copies(rows, len(self))))
 
 # %% ../nbs/14_training.ipynb #b8ae2488
 def _takes_seeds(augment:Callable|None)->bool:
     "Whether it augments whole batches, each image by its own seed"
     return augment is not None and 'seeds' in inspect.signature(augment).parameters
+
+def _copies(rows:Tensor, n:int)->Tensor: # (B,) int64
+    "Row numbers; where one comes a second time in the batch n more, and so on: every copy of an image is augmented on its own"
+    order = rows.argsort(stable=True)
+    at, s = torch.arange(len(rows)), rows[order]
+    first = torch.where(torch.cat([torch.ones(1, dtype=torch.bool), s[1:] != s[:-1]])[:len(rows)], at, 0).cummax(0).values
+    return rows + n*torch.empty_like(rows).scatter_(0, order, at - first)
 
 class _Pixels:
     "Rows of the array that `decode_split` wrote, opened where they are read; or of files, where there is none"
@@ -325,7 +333,7 @@ class _Batches(torch.utils.data.Dataset):
         x = self.pixels[rows]
         if self.augment is None: return x, rows
         state, out = torch.get_rng_state(), []
-        for image, row in zip(x, rows.tolist()):
+        for image, row in zip(x, _copies(rows, len(self.pixels.paths)).tolist()):
             torch.default_generator.manual_seed(self.draw(row))
             out.append(self.augment(image))
         torch.set_rng_state(state)
@@ -453,15 +461,14 @@ def _schedule(self:Trainer)->Callable[[int], float]:
 @patch
 @torch.no_grad()
 def look(self:Trainer,
-    what:str, # 'prepare' or 'calibrate'
+    what:str, # 'prepare', 'refresh', 'conclude' or 'calibrate'
     source:FeatureSource|ImageSource, # the split to look at
 )->None:
-    "Show the head a whole split; of images only heads in closed form get embeddings, the others targets alone"
-    head, model = self.judged.head if what == 'calibrate' else self.model.head, self.model
+    "Show the head a whole split; of images, `prepare` gives heads in closed form embeddings and the others targets alone"
+    model = self.judged if what in ('conclude', 'calibrate') else self.model
+    head, emb, device = model.head, torch.empty(len(source), 0), next(model.parameters()).device
     if getattr(type(head), what) is getattr(Head, what): return
-    emb, device = torch.empty(len(source), 0), next(model.parameters()).device
-    if isinstance(source, FeatureSource) or what == 'calibrate' or any(getattr(m, 'closed', False) for m in head.modules()):
-        model = self.judged if what == 'calibrate' else self.model
+    if isinstance(source, FeatureSource) or what != 'prepare' or any(getattr(m, 'closed', False) for m in head.modules()):
         model.eval()
         emb = torch.cat([model.embed(*(o.to(device) for o in inputs)) for inputs, _ in source.batches(torch.arange(len(source)).split(source.big))])
     getattr(head, what)(emb.to(device), torch.from_numpy(source.targets).to(device))
@@ -471,24 +478,29 @@ def look(self:Trainer,
 def train_epoch(self:Trainer)->float: # mean training loss
     "One pass over the training split in an order that depends on the seed and the epoch alone"
     cfg, acc = self.settings, self.acc
+    if not self.step:
+        with _seeded(_draw(cfg['seed'], 1+self.epoch, 0), acc.device): self.look('refresh', self.train)
     self._set_training()
     with _seeded(_draw(cfg['seed'], 1+self.epoch), acc.device):
         rows = self.sample(self.epoch)
         if self.step and self.rng: self._set_rng()
-        mine = rows[self.step:].reshape((self.steps - self.step)*cfg['accumulate'], acc.num_processes, -1)[:, acc.process_index]
-        batches = self.train.batches(mine, self.epoch)
+        mine = rows[self.step:].reshape((self.steps - self.step)*cfg['accumulate'], acc.num_processes, -1)[:, acc.process_index].repeat(1, cfg['views'])
+        batches = zip(mine.to(acc.device), self.train.batches(mine, self.epoch))
         while self.step < self.steps:
             at = self.epoch*self.steps + self.step
             self.lr = cfg['lr']*self.share(at)
             for g, scale in zip(self.opt.param_groups, self.scales): g['lr'] = self.lr*scale
             self.model.head.epoch = self.epoch + self.step/self.steps
             if acc.num_processes > 1: torch.manual_seed(_draw(cfg['seed'], 1+self.epoch, 1+self.step, acc.process_index))   # masks of its own
-            for part in range(cfg['accumulate']): self._backward(*next(batches), last=part == cfg['accumulate'] - 1)
+            for part in range(cfg['accumulate']):
+                self.model.head.rows, batch = next(batches)
+                self._backward(*batch, last=part == cfg['accumulate'] - 1)
             if cfg['clip_norm'] is not None: acc.clip_grad_norm_(self.model.parameters(), cfg['clip_norm'])
             self.opt.step(); self.opt.zero_grad()
             if self.average is not None: ema_update(self.average, self.model, cfg['ema'], at)
             self.step += 1
             self.after_step()
+    self.model.head.rows = None
     return self.mean_loss()
 
 @patch
@@ -540,7 +552,6 @@ def _set_rng(self:Trainer)->None:
     if self.acc.device.type == 'cuda' and 'cuda' in self.rng: torch.cuda.set_rng_state(self.rng['cuda'], self.acc.device)
 
 # %% ../nbs/14_training.ipynb #3fbeb65d
-@torch.inference_mode()
 def predict(
     model:Model, # trained or not; left in eval mode
     x:Tensor|Features|ImageTable, # (n, F) features, or data with a split
@@ -548,11 +559,22 @@ def predict(
     batch_size:int|None=None, # rows at a time; None: 4096 of features, 256 of images
 )->Tensor: # (n, N) node probabilities, float32, on the CPU
     "What the model says about every row"
+    return _over(model, model.node_probs, x, split, batch_size)
+
+def embeddings(
+    model:Model, x:Tensor|Features|ImageTable, split:str|None=None, batch_size:int|None=None, # as for `predict`
+)->Tensor: # (n, D') float32, on the CPU
+    "Where the model puts every row: what neighbours are looked up by"
+    return _over(model, model.represent, x, split, batch_size)
+
+@torch.inference_mode()
+def _over(model:Model, ask:Callable, x:Tensor|Features|ImageTable, split:str|None, batch_size:int|None)->Tensor:
+    "All answers, batch by batch"
     model.eval()
     device = next(model.parameters()).device
-    if isinstance(x, Tensor): return torch.cat([model.node_probs(o.to(device)).float().cpu() for o in x.split(batch_size or FeatureSource.big)])
+    if isinstance(x, Tensor): return torch.cat([ask(o.to(device)).float().cpu() for o in x.split(batch_size or FeatureSource.big)])
     source = FeatureSource(x, split, device=device) if isinstance(x, Features) else ImageSource(x, split, model.encoder.transform, device, size_input=model.encoder.size_input)
-    return torch.cat([model.node_probs(*inputs).float().cpu() for inputs, _ in source.batches(torch.arange(len(source)).split(batch_size or source.big))])
+    return torch.cat([ask(*inputs).float().cpu() for inputs, _ in source.batches(torch.arange(len(source)).split(batch_size or source.big))])
 
 @patch
 def validate(self:Trainer)->dict[str, float]: # 'val_nll' and 'val_top1'
@@ -779,7 +801,7 @@ def _finish(trainer:Trainer, out:Path|None, identity:dict)->Run:
     "Best weights in place, everything on disk, the checkpoint no longer needed"
     model, trainer.average = trainer.model, None
     model.load_state_dict(trainer.best); model.eval()
-    trainer.look('calibrate', trainer.val)
+    trainer.look('conclude', trainer.train); trainer.look('calibrate', trainer.val)
     model.cpu(); model.embedding.power = trainer.settings['power']
     run = Run(model, pd.DataFrame(trainer.history), trainer.best_epoch, trainer.seconds, identity['settings'], out)
     if out is not None:
@@ -857,6 +879,7 @@ def fit(
     seed:int=0, # of weights, order, augmentation and dropout
     sampler:str='shuffle', # which images an epoch is made of: 'shuffle', or a name that `create_sampler` knows
     sampler_kw:dict|None=None, # its settings
+    views:int=1, # how often a batch holds each of its images, every time augmented anew; 2 for losses that compare views
     ema:float|None=None, # decay of averaged weights, 0.999 for example; None: no average
     clip_norm:float|None=None, # longest gradient; None: no limit
     accumulate:int=1, # parts of a batch that go through the network one by one
@@ -925,7 +948,7 @@ def _resolve(data:Features|ImageTable, cfg:dict)->dict:
     if cfg['embedding'] == 'none': usual['dropout'] = 0.
     cfg |= {k: v for k, v in usual.items() if cfg[k] is None}
     if head_trait(cfg['head'], 'closed'): cfg['epochs'] = 1
-    if bad := [k for k in ('epochs', 'batch_size', 'lr', 'accumulate', 'image_size', 'ema', 'clip_norm', 'layer_decay') if cfg[k] is not None and not cfg[k] > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
+    if bad := [k for k in ('epochs', 'batch_size', 'lr', 'accumulate', 'views', 'image_size', 'ema', 'clip_norm', 'layer_decay') if cfg[k] is not None and not cfg[k] > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
     if bad := [k for k in ('ema', 'layer_decay', 'warmup') if cfg[k] is not None and cfg[k] > 1]: raise HiermetricError(f"{bad[0]} is a share and cannot be above 1.")
     if cfg['unfreeze_at'] is not None and cfg['freeze'] == 'none': raise HiermetricError("unfreeze_at says when a frozen backbone begins to learn; freeze it first with freeze='backbone'.")
     create_schedule(cfg['schedule'], 1, 0, **cfg['schedule_kw'] or {})

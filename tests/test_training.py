@@ -3,16 +3,17 @@ import errno, json, math, os, signal, subprocess, sys, textwrap, types
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as VF
 import hiermetric.training as tr
 from hiermetric.core import HiermetricError
 from hiermetric.datasets import ImageTable
 from hiermetric.features import Features, extract
-from hiermetric.heads import EmbeddingNet, Encoder, Model, create_head, power_normalise
+from hiermetric.heads import HEADS, Classifier, EmbeddingNet, Encoder, Model, create_head, power_normalise
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import (ImageSource, create_optimizer, create_schedule, ema_update, fit, image_size, load_run, loggers, make_accelerator, parameter_groups,
-    predict, stages, toy_features, warmup_cosine)
+    embeddings, predict, stages, toy_features, warmup_cosine)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 LINEAGES = {f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xyz' for s in '123'}
@@ -87,6 +88,52 @@ def killed(out, kind, when):
     child.send_signal(signal.SIGKILL); child.wait()
     assert child.returncode == -signal.SIGKILL and not (out/'run.json').exists()
     return lines
+
+class Watcher(Classifier):
+    "Writes down when it is asked to look, and what its batches hold"
+    def __init__(self, in_features, taxonomy):
+        super().__init__(in_features, taxonomy)
+        self.seen = []
+    def loss(self, emb, targets):
+        self.seen.append(('step', self.rows.clone(), targets.clone(), emb.detach().clone()))
+        return super().loss(emb, targets)
+    def prepare(self, emb, targets): self.seen.append(('prepare', emb.clone(), targets))
+    def refresh(self, emb, targets): self.seen.append(('refresh', emb.clone(), targets))
+    def conclude(self, emb, targets): self.seen.append(('conclude', emb.clone(), targets))
+    def calibrate(self, emb, targets): self.seen.append(('calibrate', emb.clone(), targets))
+    def represent(self, emb): return 2*emb
+
+@pytest.fixture
+def watcher(monkeypatch):
+    monkeypatch.setitem(HEADS.entries, 'watcher', (Watcher, 'for a test'))
+    return 'watcher'
+
+def test_a_head_is_shown_the_splits_when_it_should(watcher):
+    run = fit(TOY, watcher, **QUICK | {'epochs': 2})
+    seen, steps = run.model.head.seen, len(TOY.of('train')[1])//64
+    assert [o[0] for o in seen] == ['prepare', *2*['refresh', *steps*['step']], 'conclude', 'calibrate']
+    (x, t), (xv, tv) = TOY.of('train'), TOY.of('val')
+    looks = {o[0]: o for o in seen}   # the last of each
+    assert not torch.equal(seen[0][1], looks['refresh'][1]) and torch.equal(looks['conclude'][2], t) and torch.equal(looks['calibrate'][2], tv)
+    with torch.inference_mode(): assert torch.allclose(looks['conclude'][1], run.model.embed(x), atol=1e-6) and torch.allclose(looks['calibrate'][1], run.model.embed(xv), atol=1e-6)
+    assert torch.equal(embeddings(run.model, TOY, 'val'), 2*looks['calibrate'][1]) and torch.equal(embeddings(run.model, xv), embeddings(run.model, TOY, 'val'))
+    assert all(torch.equal(t[rows], targets) for what, rows, targets, _ in (o for o in seen if o[0] == 'step')) and run.model.head.rows is None
+
+def test_a_batch_may_hold_its_images_several_times(watcher):
+    run = fit(TOY, watcher, **QUICK | {'epochs': 1}, views=2, dropout=0.5)
+    steps = [o for o in run.model.head.seen if o[0] == 'step']
+    assert len(steps) == len(TOY.of('train')[1])//64
+    for _, rows, targets, emb in steps:
+        assert len(rows) == 128 and torch.equal(rows[:64], rows[64:]) and torch.equal(targets[:64], targets[64:]) and not torch.allclose(emb[:64], emb[64:])
+    with pytest.raises(HiermetricError, match='views must be above 0'): fit(TOY, **QUICK, views=0)
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=40))
+def test_copies_in_a_batch_are_numbered(rows):
+    found, often = tr._copies(torch.tensor(rows, dtype=torch.long), 10).tolist(), {}
+    for row, key in zip(rows, found, strict=True):
+        assert key == row + 10*often.get(row, 0)
+        often[row] = often.get(row, 0) + 1
 
 def test_killed_in_mid_epoch_and_continued(tmp_path):
     whole = fit(TOY, 'arcface', **QUICK, dropout=0.3, out=tmp_path/'whole')
@@ -447,6 +494,13 @@ def test_batches_do_not_depend_on_workers_or_neighbours(pictures, tmp_path):
     assert torch.equal(one[0], torch.cat(a)[17]) and t.item() == pictures.targets[np.flatnonzero(pictures.samples.split == 'train')[17]]
     (other,), _ = next(make().batches(rows, 6)); assert not torch.equal(other, a[0])
     (plain,), _ = next(make().batches(rows)); (again,), _ = next(make().batches(rows)); assert torch.equal(plain, again) and plain.shape == (8, 3, 32, 32)
+
+@pytest.mark.parametrize('augment', ['one by one', 'a batch'])
+def test_copies_of_an_image_are_augmented_each_on_its_own(augment, pictures, tmp_path):
+    own = shifted if augment == 'one by one' else tr.create_augment('natural', 32)
+    source = ImageSource(pictures, 'train', tr.Transform(32, fit='pad', fill='white'), augment=own, seed=3, cache=tmp_path)
+    (x,), _ = next(source.batches([torch.tensor([4, 7, *[4]*6])], 2)); (first,), _ = next(source.batches([torch.tensor([4, 7])], 2))
+    assert torch.equal(x[:2], first) and len(torch.unique(x[[0, *range(2, 8)]], dim=0)) > 2
 
 def test_pixels_are_decoded_once_and_as_the_predictor_sees_them(pictures, tmp_path, monkeypatch):
     t = tr.Transform(32, fit='pad', fill='white')
