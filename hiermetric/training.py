@@ -21,7 +21,7 @@ from .taxonomy import Taxonomy
 from .datasets import ImageTable
 from .backbones import Transform
 from .features import Features, _bar, _batches, _size
-from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss
+from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
 from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
@@ -557,9 +557,13 @@ def predict(
     x:Tensor|Features|ImageTable, # (n, F) features, or data with a split
     split:str|None=None, # of features or images: 'val', 'test' …
     batch_size:int|None=None, # rows at a time; None: 4096 of features, 256 of images
+    tta:str|None=None, # test-time augmentation of images: the mean over these `tta_views`, 'plankton' or 'natural'
 )->Tensor: # (n, N) node probabilities, float32, on the CPU
     "What the model says about every row"
-    return _over(model, model.node_probs, x, split, batch_size)
+    if tta is None: return _over(model, model.node_probs, x, split, batch_size)
+    if not isinstance(x, ImageTable): raise HiermetricError("Only images can be turned and mirrored; give `predict` the table of images, or tta=None.")
+    views = tta_views(tta)
+    return _over(model, lambda pixels, *size: views.node_probs(lambda v: model.node_probs(v, *size), pixels), x, split, batch_size)
 
 def embeddings(
     model:Model, x:Tensor|Features|ImageTable, split:str|None=None, batch_size:int|None=None, # as for `predict`

@@ -472,6 +472,24 @@ def test_images_learn_and_their_model_keeps_its_backbone(seen, pictures):
     assert 'images' in (found := json.loads((seen.out/'run.json').read_text())) and 'features' not in found and found['settings']['backbone'] == 'timm:test_efficientnet'
     with pytest.raises(HiermetricError, match='belongs to other images'): fit(replace(pictures, name='others'), **{**IMAGES, 'epochs': 8, 'augment': None}, out=seen.out)
 
+def test_views_at_test_time_make_the_answer_the_same_whichever_way_up(seen, pictures, tmp_path):
+    model, paths = seen.model, pictures.samples.path.tolist()
+    turned = []
+    for i, p in enumerate(paths): Image.open(p).rotate(90, expand=True).save(tmp_path/f'{i}.png'); turned.append(str(tmp_path/f'{i}.png'))
+    other = replace(pictures, samples=pictures.samples.assign(path=turned))
+    a, b = (predict(model, o, 'test', tta='plankton') for o in (pictures, other))
+    # resizing rounds pixels a little differently when they lie on their side
+    assert torch.allclose(a, b, atol=5e-3) and (predict(model, pictures, 'test') - predict(model, other, 'test')).abs().max() > .05
+    assert torch.allclose(a, torch.stack([predict(model, o, 'test', tta='natural') for o in _turns(pictures, tmp_path)]).mean(0), atol=5e-3)
+    with pytest.raises(HiermetricError, match='Only images can be turned'): predict(model, torch.zeros(2, 16), tta='plankton')
+    with pytest.raises(HiermetricError, match="no views 'plancton'"): predict(model, pictures, 'test', tta='plancton')
+
+def _turns(pictures, folder):
+    for k in range(4):
+        paths = []
+        for i, p in enumerate(pictures.samples.path): paths.append(str(folder/f't{k}-{i}.png')); Image.open(p).rotate(90*k, expand=True).save(paths[-1])
+        yield replace(pictures, samples=pictures.samples.assign(path=paths))
+
 def test_a_predictor_looks_through_the_trained_backbone(seen, pictures, tmp_path):
     from hiermetric.predictor import Predictor
     f = extract(pictures, seen.model.backbone, engine='eager', progress=False)
