@@ -3,12 +3,11 @@ import json, re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.cluster.hierarchy import cophenet, linkage
 from torch import nn
 from hiermetric.backbones import Backbone, Transform, create_backbone
 from hiermetric.core import HiermetricError
-from hiermetric.explain import METHODS, Explainer, class_prototypes, cophenetic_correlation, embedding_map, lift, neighbours, overlap, pair_distances, path_maps, plot_neighbours, plot_path, plot_tanglegram, prototype_linkage, sanity_check, to_picture, toward_node, toward_vector, umap_layout
+from hiermetric.explain import METHODS, Explainer, class_prototypes, cophenetic_correlation, embedding_map, lift, neighbours, overlap, pair_distances, path_maps, plot_neighbours, plot_path, plot_tanglegram, prototype_linkage, sanity_check, to_picture, toward_node, umap_layout
 from hiermetric.heads import Classifier, EmbeddingNet, Encoder, Model, create_head
 from hiermetric.taxonomy import Taxonomy
 pytestmark = pytest.mark.usefixtures('one_thread')
