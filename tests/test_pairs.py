@@ -5,8 +5,7 @@ from pytorch_metric_learning import losses as pml, miners as pmm, distances as p
 from hiermetric.core import HiermetricError
 from hiermetric.heads import EmbeddingNet, Model, create_head
 from hypothesis import given, settings, strategies as st
-from hiermetric.pairs import (LOSSES, MINERS, Decorrelation, MetricHead, as_triplets, class_means, create_loss, create_miner, distances,
-    follow_slowly, grades, nearest_at, overlap, relation, reverse_gradient, triplet_counts)
+from hiermetric.pairs import (LOSSES, MINERS, Decorrelation, MetricHead, as_triplets, class_means, create_loss, create_miner, grades, overlap, relation, reverse_gradient)
 from hiermetric.training import embeddings, fit, predict, toy_features
 from hiermetric.taxonomy import Taxonomy
 
@@ -366,3 +365,11 @@ def test_fit(kw, tmp_path):
     leaf = TAX.tensor('leaves')[p[:, TAX.tensor('leaves')].argmax(1)]; assert (leaf == t).float().mean() > (.5 if 'views' not in kw else .15)
     mean, n = class_means(embeddings(a.model, f, 'train'), f.of('train')[1], TAX); assert torch.allclose(a.model.head.weight, mean, atol=1e-5) and torch.equal(a.model.head.count, n)
     again = Model.load(tmp_path/'run'/'model'); assert torch.allclose(predict(again, f, 'test'), p, atol=1e-6)
+
+def test_tuning_goes_by_the_loss():
+    from hiermetric.experiment import Variant, own_space, search_space, trials
+    named = [k.removeprefix('metric: ') for k in search_space if k.startswith('metric: ')]; assert set(named) < set(LOSSES)
+    for name in named:
+        for v in trials(Variant.of(('x', 'metric', dict(loss=name))), 4): create_head('metric', D, TAX, **v.settings['head_kw'])
+        assert {repr(v.settings['head_kw'].get('loss_kw')) for v in trials(Variant.of(('x', 'metric', dict(loss=name))), 4)} != {'None'}
+    assert own_space(dict(head='metric', head_kw=dict(loss='boosted'))) == {} and own_space(dict(head='arcface')) == search_space['arcface']
