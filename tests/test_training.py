@@ -692,3 +692,22 @@ def test_job_scripts_are_sound(script):
 def test_gpu_same_seed_same_weights():
     a, b = (fit(TOY, 'arcface', **QUICK, device='cuda') for _ in range(2))
     assert same(weights(a), weights(b)) and a.settings['precision'] == 'bf16'
+
+
+# beginning with another run
+
+def test_start_takes_over_all_below_the_head(straight, tmp_path):
+    "Another head on the embedding of a run, from memory and from its folder alike; another beginning is another run"
+    kw = QUICK | dict(epochs=1, lr=1e-9, weight_decay=0.)
+    a = fit(TOY, 'classifier', **kw, start=straight); old = straight.model.embedding.state_dict()
+    for k, v in a.model.embedding.state_dict().items(): assert torch.allclose(v, old[k], atol=1e-6)
+    assert not torch.allclose(fit(TOY, 'classifier', **kw).model.embedding.state_dict()['layers.1.weight'], old['layers.1.weight'], atol=1e-3)
+    fit(TOY, 'arcface', **QUICK, out=tmp_path/'first'); b = fit(TOY, 'classifier', **kw, start=tmp_path/'first', out=tmp_path/'second')
+    assert same(weights(a), weights(b)) and b.settings['start'] == a.settings['start'] and isinstance(b.settings['start'], str)
+    assert same(weights(fit(TOY, 'classifier', **kw, start=tmp_path/'first'/'model', out=tmp_path/'second')), weights(b))
+    with pytest.raises(HiermetricError, match='other settings: start'): fit(TOY, 'classifier', **kw, out=tmp_path/'second')
+
+def test_start_refuses_what_does_not_fit(straight, tmp_path):
+    with pytest.raises(HiermetricError, match='embedding of that one: they differ in layers.1'): fit(TOY, 'classifier', **QUICK | dict(embed_dim=16), start=straight)
+    with pytest.raises(HiermetricError, match='layers.2.* not there'): fit(TOY, 'classifier', **QUICK, embed_kw=dict(norm='batch'), start=straight)
+    with pytest.raises(HiermetricError, match='no model'): fit(TOY, 'classifier', **QUICK, start=tmp_path)
