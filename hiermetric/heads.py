@@ -250,7 +250,7 @@ class EmbeddingNet(nn.Module):
         if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; leave an incomplete last batch out.")
         return self.layers(power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power))
 
-# %% ../nbs/05_heads.ipynb #97e534ae
+# %% ../nbs/05_heads.ipynb #98f9328e
 HEADS = Registry('head',
     classifier=('hiermetric.heads.Classifier', 'linear layer + softmax over the leaves, cross-entropy: the baseline'),
     arcface=('hiermetric.aam.ArcFace', 'additive angular margin, s·cos(θ + m) for the true class'),
@@ -275,6 +275,11 @@ HEADS = Registry('head',
     tree_gaussian=('hiermetric.committee.TreeGaussian', 'one Gaussian a class, means lean on the tree; closed form'),
     kernel_ridge=('hiermetric.committee.KernelRidge', 'kernel ridge regression on the classes; closed form'),
     committee=('hiermetric.committee.Committee', 'softmax, ArcFace, Gaussians and kernel side by side, probabilities mixed'),
+    diva=('hiermetric.multitask.DiVA', 'four embeddings: for classes, across classes, inside classes, of single images'),
+    divide_conquer=('hiermetric.multitask.DivideConquer', 'one embedding for each cluster of the data, clustered again as it learns'),
+    bier=('hiermetric.multitask.BIER', 'boosted embeddings of rising size, each for what those before it got wrong'),
+    sndl=('hiermetric.multitask.SNDL', 'one embedding: neighbours in a memory of all images, and a classifier'),
+    partial_margin=('hiermetric.multitask.PartialMargin', 'combined margin over a random share of the classes, for very many of them'),
 )
 
 def list_heads()->'pandas.DataFrame': # indexed by name, one line each
