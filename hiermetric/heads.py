@@ -275,6 +275,7 @@ HEADS = Registry('head',
     tree_gaussian=('hiermetric.committee.TreeGaussian', 'one Gaussian a class, means lean on the tree; closed form'),
     kernel_ridge=('hiermetric.committee.KernelRidge', 'kernel ridge regression on the classes; closed form'),
     committee=('hiermetric.committee.Committee', 'softmax, ArcFace, Gaussians and kernel side by side, probabilities mixed'),
+    metric=('hiermetric.pairs.MetricHead', 'a loss on pairs or proxies, by name; leaves by their class means'),
 )
 
 def list_heads()->'pandas.DataFrame': # indexed by name, one line each
@@ -399,7 +400,7 @@ def backbone(self:Model)->'Backbone|None':
 # %% ../nbs/05_heads.ipynb #9ad1da7a
 def _settings(o:nn.Module)->dict:
     "Constructor arguments as JSON can hold them; tensors are buffers and travel with the weights"
-    kw = {k: getattr(o, k) for k in inspect.signature(type(o)).parameters if k != 'taxonomy'}
+    kw = getattr(o, 'settings', None) or {k: getattr(o, k) for k in inspect.signature(type(o)).parameters if k != 'taxonomy'}
     return {k: v for k,v in kw.items() if not isinstance(v, Tensor)}
 
 def _name(head:Head)->str:
