@@ -250,7 +250,7 @@ class EmbeddingNet(nn.Module):
         if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; leave an incomplete last batch out.")
         return self.layers(power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power))
 
-# %% ../nbs/05_heads.ipynb #98f9328e
+# %% ../nbs/05_heads.ipynb #42dddaf1
 HEADS = Registry('head',
     classifier=('hiermetric.heads.Classifier', 'linear layer + softmax over the leaves, cross-entropy: the baseline'),
     arcface=('hiermetric.aam.ArcFace', 'additive angular margin, s·cos(θ + m) for the true class'),
@@ -275,8 +275,9 @@ HEADS = Registry('head',
     tree_gaussian=('hiermetric.committee.TreeGaussian', 'one Gaussian a class, means lean on the tree; closed form'),
     kernel_ridge=('hiermetric.committee.KernelRidge', 'kernel ridge regression on the classes; closed form'),
     committee=('hiermetric.committee.Committee', 'softmax, ArcFace, Gaussians and kernel side by side, probabilities mixed'),
+    metric=('hiermetric.pairs.MetricHead', 'a loss on pairs or proxies, by name; leaves by their class means'),
     diva=('hiermetric.multitask.DiVA', 'four embeddings: for classes, across classes, inside classes, of single images'),
-    divide_conquer=('hiermetric.multitask.DivideConquer', 'one embedding for each cluster of the data, clustered again as it learns'),
+    divide_conquer=('hiermetric.multitask.DivideConquer', 'an embedding for each cluster of the images, clustered again as it learns'),
     bier=('hiermetric.multitask.BIER', 'boosted embeddings of rising size, each for what those before it got wrong'),
     sndl=('hiermetric.multitask.SNDL', 'one embedding: neighbours in a memory of all images, and a classifier'),
     partial_margin=('hiermetric.multitask.PartialMargin', 'combined margin over a random share of the classes, for very many of them'),
@@ -404,7 +405,7 @@ def backbone(self:Model)->'Backbone|None':
 # %% ../nbs/05_heads.ipynb #9ad1da7a
 def _settings(o:nn.Module)->dict:
     "Constructor arguments as JSON can hold them; tensors are buffers and travel with the weights"
-    kw = {k: getattr(o, k) for k in inspect.signature(type(o)).parameters if k != 'taxonomy'}
+    kw = getattr(o, 'settings', None) or {k: getattr(o, k) for k in inspect.signature(type(o)).parameters if k != 'taxonomy'}
     return {k: v for k,v in kw.items() if not isinstance(v, Tensor)}
 
 def _name(head:Head)->str:
