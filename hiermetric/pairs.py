@@ -354,7 +354,7 @@ class MetricHead(LeafHead):
     def represent(self, emb:Tensor)->Tensor: return self.criterion.represent(self.full(emb))
     def prepare(self, emb:Tensor, targets:Tensor)->None: self.criterion.prepare(targets)
 
-# %% ../nbs/13_pairs.ipynb #b7621a35
+# %% ../nbs/13_pairs.ipynb #d4f027ad
 @patch
 def loss(self:MetricHead,
     emb:Tensor, # (B, D)
@@ -362,7 +362,7 @@ def loss(self:MetricHead,
 )->Tensor: # scalar; 0 for a batch that teaches nothing
     "The loss on what the miner finds; in training the class means follow"
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
-    targets, rows = targets.long(), getattr(self, "rows", None)
+    targets, rows = targets.long(), self.rows
     with torch.autocast(emb.device.type, enabled=False):
         emb = self.full(emb)
         with torch.no_grad():
