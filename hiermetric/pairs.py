@@ -19,10 +19,14 @@ from .heads import LeafHead, check_targets, label_nll, prototypes
 from .aam import unit
 
 # %% auto #0
-__all__ = ['DISTANCES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'check_labels', 'LibraryLoss', 'leaf_labels',
-           'known_pairs', 'triplet', 'contrastive', 'margin', 'first_bound', 'multi_similarity', 'supcon', 'ProxyNCA',
-           'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs', 'distance_weighted',
-           'RandomTriplets', 'draw', 'intra_class', 'create_loss', 'create_miner', 'MetricHead', 'class_means']
+__all__ = ['DISTANCES', 'GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'check_labels', 'LibraryLoss',
+           'leaf_labels', 'known_pairs', 'triplet', 'contrastive', 'margin', 'first_bound', 'multi_similarity',
+           'supcon', 'ProxyNCA', 'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs',
+           'distance_weighted', 'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet',
+           'as_triplets', 'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets',
+           'nearest_at', 'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'Decorrelation', 'NeighbourNCA',
+           'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard', 'create_loss',
+           'create_miner', 'MetricHead', 'class_means']
 
 # %% ../nbs/13_pairs.ipynb #25e35739
 def relation(
@@ -290,14 +294,418 @@ def intra_class(taxonomy:Taxonomy, distance:str='cosine', # tree; not looked at
     "Random triplets inside a class"
     return RandomTriplets(taxonomy, distance, k, intra=True)
 
-# %% ../nbs/13_pairs.ipynb #88065923
+# %% ../nbs/13_pairs.ipynb #6f707f36
+GRADES = ('information', 'height')
+
+def grades(
+    u:Tensor, # (B,) node ids, or (B, C) multi-hot
+    v:Tensor, # (R,) node ids, or (R, C) multi-hot
+    taxonomy:Taxonomy, # that node ids belong to
+    by:str='information', # one of `GRADES`; sets of labels are graded by their overlap
+)->tuple[Tensor, Tensor]: # (B, R) twice, float32: at least, and at most, in [0, 1]
+    "How much the labels of each pair share, @eq-grade"
+    if u.ndim == 2: return (overlap(u, v),)*2
+    if choice('grade', by, GRADES) == 'height': value = 1 - taxonomy.tensor('heights', u.device)/max(taxonomy.height, 1)
+    else: value = taxonomy.tensor('information', u.device)/max(math.log2(taxonomy.n_leaves), 1e-9)
+    at_least = value.float()[taxonomy.lca(u[:, None], v[None])]
+    return at_least, torch.where(relation(u, v, taxonomy)[1], at_least, 1.)
+
+def overlap(
+    a:Tensor, # (B, C) multi-hot
+    b:Tensor, # (R, C) multi-hot
+)->Tensor: # (B, R) float32
+    "Labels that two images share, among all that they have; 0 where both have none"
+    a, b = a.float(), b.float()
+    both = a@b.T
+    return both/(a.sum(1)[:, None] + b.sum(1) - both).clamp_min(1e-9)
+
+# %% ../nbs/13_pairs.ipynb #f395d62c
+class TreeTriplet(PairLoss):
+    "Triplets ordered by the tree, with margins that follow it, @eq-treetriplet"
+    multi_label = True
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # tree over the N nodes
+        margin:float=0.1, # m, of a pair that shares everything against one that shares nothing
+        by:str='information', # one of `GRADES`
+        distance:str='euclidean', normalise:bool=True, # see `PairLoss`
+    ):
+        super().__init__(in_features, taxonomy, distance, normalise)
+        self.margin, self.by = margin, choice('grade', by, GRADES)
+
+    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+        low, high = grades(targets, targets, self.taxonomy, self.by)
+        d = distances(x, x, self.distance)
+        pull, push, low = d + self.margin*low, d + self.margin*high, low.clone().fill_diagonal_(-1)   # nobody is his own positive
+        if found is None: v, ok = pull[:, :, None] - push[:, None], low[:, :, None] > high[:, None]
+        else:
+            a, p, n = as_triplets(found)
+            v, ok = pull[a, p] - push[a, n], low[a, p] > high[a, n]
+        return mean_above_zero(v*ok)
+
+# %% ../nbs/13_pairs.ipynb #7f912f8b
+def as_triplets(
+    found:tuple[Tensor, ...], # of a miner
+)->tuple[Tensor, Tensor, Tensor]: # anchors, positives, negatives
+    "Pairs with a common anchor become triplets"
+    return pml_pairs.convert_to_triplets(found, None)
+
+def mean_above_zero(v:Tensor)->Tensor: return v.clamp_min(0).sum()/(v > 0).sum().clamp_min(1)   # scalar; 0 where nothing is
+
+# %% ../nbs/13_pairs.ipynb #eb849ce0
+class TreeMargin(PairLoss):
+    "The margin loss with a distance for every grade, @eq-treemargin"
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # tree over the N nodes
+        margin:float=0.2, # m, on either side of the bound
+        beta:float|None=None, # bound to begin with; None: 1.2, or the same angle as a cosine distance
+        by:str='information', # one of `GRADES`
+        distance:str='euclidean', normalise:bool=True, # see `PairLoss`
+    ):
+        super().__init__(in_features, taxonomy, distance, normalise)
+        self.margin, self.by = margin, choice('grade', by, GRADES)
+        self.beta = nn.Parameter(torch.full((len(taxonomy),), first_bound(distance) if beta is None else float(beta)))
+
+    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+        low, high = grades(targets, targets, self.taxonomy, self.by)
+        d, beta = distances(x, x, self.distance), self.beta.to(x.dtype)[targets, None]
+        far, near = (d - beta - self.margin*(1 - 2*low)).clamp_min(0), (beta + self.margin*(1 - 2*high) - d).clamp_min(0)
+        low = low.fill_diagonal_(-1)
+        if found is None: n_far, n_near = triplet_counts(low, high)
+        else:
+            a, p, n = as_triplets(found); ok = (low[a, p] > high[a, n]).to(d.dtype)
+            n_far, n_near = (torch.zeros_like(d).index_put_((a, o), ok, accumulate=True) for o in (p, n))
+        return ((n_far*far).sum() + (n_near*near).sum())/((n_far*(far > 0)).sum() + (n_near*(near > 0)).sum()).clamp_min(1)
+
+# %% ../nbs/13_pairs.ipynb #9519f54b
+def triplet_counts(
+    low:Tensor, # (B, B), −1 on the diagonal
+    high:Tensor, # (B, B)
+)->tuple[Tensor, Tensor]: # (B, B) how many triplets a pair is the positive of, and of how many the negative
+    "How often each pair occurs among all triplets with a lower grade of the positive above the upper grade of the negative"
+    positive = torch.searchsorted(high.sort(1).values, low.contiguous())
+    negative = low.shape[1] - torch.searchsorted(low.sort(1).values, high.contiguous(), right=True)
+    return positive.to(low.dtype), negative.to(low.dtype)
+
+# %% ../nbs/13_pairs.ipynb #f48265ce
+class TreeSupCon(PairLoss):
+    "Supervised contrastive with shares that follow the tree, @eq-treesupcon"
+    multi_label = True
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # tree over the N nodes
+        temperature:float=0.1, # τ
+        power:float=4., # κ: how fast kinship fades
+        by:str='information', # one of `GRADES`
+        distance:str='cosine', normalise:bool=True, # see `PairLoss`
+    ):
+        super().__init__(in_features, taxonomy, distance, normalise)
+        if not power > 0 or not temperature > 0: raise HiermetricError(f"Power and temperature must be above 0, not {power} and {temperature}.")
+        self.temperature, self.power, self.by = temperature, power, choice('grade', by, GRADES)
+
+    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+        low, high = grades(targets, targets, self.taxonomy, self.by)
+        known = chosen(low == high, found).fill_diagonal_(False)
+        w = low.pow(self.power)*known
+        z = (-distances(x, x, self.distance)/self.temperature).masked_fill(~known, -math.inf)
+        teaches = (w.amax(1) > low.masked_fill(~known, 1).amin(1).pow(self.power))
+        log_p = z - torch.where(known.any(1, keepdim=True), z, 0.).logsumexp(1, keepdim=True)
+        each = -(w*torch.where(known, log_p, 0.)).sum(1)/w.sum(1).clamp_min(torch.finfo(w.dtype).tiny)
+        return mean_above_zero(each*teaches)
+
+# %% ../nbs/13_pairs.ipynb #4d2c9007
+def chosen(
+    mask:Tensor, # (B, B) bool, pairs
+    found:tuple[Tensor, ...]|None, # of a miner; None: all
+)->Tensor: # (B, B) bool, a copy
+    "Those of the pairs that a miner found"
+    if found is None: return mask.clone()
+    a, p, b, n = pml_pairs.convert_to_pairs(found, None)
+    out = torch.zeros_like(mask); out[a, p] = True; out[b, n] = True
+    return out & mask
+
+# %% ../nbs/13_pairs.ipynb #f5963464
+class TreeTriplets:
+    "Easy positive, semi-hard negative at every ancestor"
+    multi_label:bool = False
+    def __init__(self,
+        taxonomy:Taxonomy, # tree of height H
+        distance:str='cosine', # of the loss
+    ): self.taxonomy, self.distance = taxonomy, distance
+
+    @torch.no_grad()
+    def __call__(self, x:Tensor, targets:Tensor)->tuple[Tensor, Tensor, Tensor]: # as `LibraryMiner`
+        check_labels(targets, self.taxonomy, len(x))
+        B, H = len(x), self.taxonomy.height
+        if not B or not H: return (targets.new_zeros(0),)*3
+        d, different = distances(x, x, self.distance).fill_diagonal_(math.inf), relation(targets, targets, self.taxonomy)[1]
+        level = self.taxonomy.tensor('depths', x.device)[self.taxonomy.lca(targets[:, None], targets[None])]
+        near, p = nearest_at(d, level, H + 1)
+        near, p = near[:, 1:], p[:, 1:]   # (B, H); meeting in the root only is no kinship
+        higher = torch.where(different, level, H + 1)[:, None] < torch.arange(1, H + 1, device=x.device)[None, :, None]
+        far, n = torch.where(higher & (d[:, None] > near[..., None]), d[:, None], math.inf).min(2)   # (B, H, B)
+        a, k = (near.isfinite() & far.isfinite()).nonzero(as_tuple=True)
+        return a, p[a, k], n[a, k]
+
+# %% ../nbs/13_pairs.ipynb #f5254479
+def nearest_at(
+    d:Tensor, # (B, R) distances, ∞ where there is no pair
+    level:Tensor, # (B, R) int64 in 0 … K−1
+    K:int, # levels
+)->tuple[Tensor, Tensor]: # (B, K) distance of the nearest at each level, ∞ where there is none, and its column
+    "The nearest of each row, level by level, without a loop over levels"
+    near = d.new_full((len(d), K), math.inf).scatter_reduce(1, level, d, 'amin')
+    column = torch.where(d == near.gather(1, level), torch.arange(d.shape[1], device=d.device), d.shape[1] - 1)
+    return near, column.new_full((len(d), K), d.shape[1] - 1).scatter_reduce(1, level, column, 'amin')
+
+# %% ../nbs/13_pairs.ipynb #5571d4bc
+class BoostedDeviance(PairLoss):
+    "Binomial deviance on parts of the embedding that boost each other, @eq-bier"
+    multi_label = True
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # tree over the N nodes
+        sizes:Sequence[int]|None=None, # of the M parts, sum D; None: three, as 3 : 5 : 8
+        alpha:float=2., beta:float=0.5, cost:float=25., # α and β of the deviance; c, how much more a negative counts
+        decorrelate:float=0., # how strongly the parts are driven apart, see `Decorrelation`; 0: not
+    ):
+        super().__init__(in_features, taxonomy, 'cosine')
+        if sizes is None: sizes = [in_features*3//16, in_features*5//16]; sizes.append(in_features - sum(sizes))
+        if sum(sizes) != in_features or min(sizes) < 1: raise HiermetricError(f"The parts {list(sizes)} do not make up {in_features} features; each must be at least 1, and their sum {in_features}.")
+        self.sizes, self.alpha, self.beta, self.cost, self.decorrelate = list(sizes), alpha, beta, cost, decorrelate
+        eta = 2/(torch.arange(len(sizes)) + 2.)
+        self.register_buffer('share', eta*torch.cat([(1 - eta).flip(0).cumprod(0).flip(0)[1:], torch.ones(1)]), persistent=False)
+        self.separate = Decorrelation(self.sizes) if decorrelate else None
+
+    def represent(self, emb:Tensor)->Tensor:
+        return torch.cat([unit(o)*a for o, a in zip(emb.split(self.sizes, 1), self.share.to(emb.dtype).sqrt())], 1)
+
+# %% ../nbs/13_pairs.ipynb #bd9a33d1
+@patch
+def between(self:BoostedDeviance, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    positive, negative = same_and_different(targets, self.taxonomy)
+    positive, negative = chosen(positive, found).fill_diagonal_(False), chosen(negative, found)
+    pairs = positive/positive.sum().clamp_min(1) + negative/negative.sum().clamp_min(1)
+    y, w, s, parts = torch.where(negative, -self.cost, 1.), 1., 0., [unit(o) for o in x.split(self.sizes, 1)]
+    loss = x.sum()*0
+    for k, part in enumerate(parts):
+        own, eta = part@part.T, 2/(k + 2)
+        loss = loss + (pairs*w*F.softplus(-self.alpha*y*(own - self.beta))).sum()
+        s = (1 - eta)*s + eta*own.detach()
+        w = torch.sigmoid(-self.alpha*y*(s - self.beta))
+    return loss/len(parts) + (self.decorrelate*self.separate(parts) if self.separate is not None else 0.)
+
+# %% ../nbs/13_pairs.ipynb #daa8f63e
+def same_and_different(
+    targets:Tensor, # (B,) node ids, or (B, C) multi-hot
+    taxonomy:Taxonomy, # that node ids belong to
+)->tuple[Tensor, Tensor]: # (B, B) bool twice, see `relation`
+    "Pairs that are surely the same and surely different; sets of labels are the same where they meet"
+    if targets.ndim == 1: return relation(targets, targets, taxonomy)
+    meet = overlap(targets, targets) > 0
+    return meet, ~meet
+
+# %% ../nbs/13_pairs.ipynb #ac47d302
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x:Tensor)->Tensor: return x.view_as(x)
+    @staticmethod
+    def backward(ctx, grad:Tensor)->Tensor: return -grad
+
+def reverse_gradient(
+    x:Tensor, # of any shape
+)->Tensor: # the same
+    "The same forwards, the opposite backwards"
+    return _Reverse.apply(x)
+
+class Decorrelation(nn.Module):
+    "How well networks predict parts of an embedding from each other; the parts are trained to make it hard, @eq-decorrelation"
+    def __init__(self,
+        sizes:Sequence[int], # D of each part
+        hidden:int=512, # units of each network
+    ):
+        super().__init__()
+        self.pairs = [(i, j) for j in range(len(sizes)) for i in range(j)]
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(sizes[i], hidden), nn.ReLU(), nn.Linear(hidden, sizes[j])) for i, j in self.pairs)
+
+    def forward(self,
+        parts:Sequence[Tensor], # each (B, D_i)
+    )->Tensor: # scalar, at most 0
+        x = [reverse_gradient(unit(o)) for o in parts]
+        return -sum((x[j]*unit(net(x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets))/max(len(x[0]), 1)
+
+# %% ../nbs/13_pairs.ipynb #990f391f
+class NeighbourNCA(PairLoss):
+    "Soft nearest neighbours among all training images, from memory, @eq-snca"
+    multi_label = True
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # tree over the N nodes
+        temperature:float=0.05, # τ
+        momentum:float=0.5, # μ: what stays of the remembered embedding
+        graded:bool=False, # kinship counts, by its grade
+        by:str='information', # one of `GRADES`
+        power:float=4., # the grade is raised to it
+        distance:str='cosine', normalise:bool=True, # see `PairLoss`
+    ):
+        super().__init__(in_features, taxonomy, distance, normalise)
+        if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
+        self.temperature, self.momentum, self.graded, self.by, self.power = temperature, momentum, graded, choice('grade', by, GRADES), power
+        self.register_buffer('memory', torch.zeros(0, in_features)); self.register_buffer('labels', torch.zeros(0, dtype=torch.int64)); self.register_buffer('known', torch.zeros(0, dtype=torch.bool))
+
+    def prepare(self, targets:Tensor)->None: # (n,) node ids, or (n, C) multi-hot
+        check_labels(targets, self.taxonomy, len(targets), True)
+        self.memory, self.labels = self.memory.new_zeros(len(targets), self.in_features), targets.clone()
+        self.known = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+
+    def conclude(self)->None: self.prepare(self.labels[:0])
+
+    def _load_from_state_dict(self, state:dict, prefix:str, *args)->None:
+        for k in ('memory', 'labels', 'known'):   # as long as what was saved
+            if (o := state.get(prefix + k)) is not None: setattr(self, k, torch.empty_like(o, device=getattr(self, k).device))
+        super()._load_from_state_dict(state, prefix, *args)
+
+# %% ../nbs/13_pairs.ipynb #08be213f
+@patch
+def remember(self:NeighbourNCA,
+    x:Tensor, # (B, D)
+    rows:Tensor, # (B,) of the training split; the mean counts where one comes twice
+)->None:
+    "Write a batch to the memory"
+    if len(rows) and rows.device.type == 'cpu' and int(rows.max()) >= len(self.memory): raise HiermetricError(f"The memory holds {len(self.memory)} images and is asked for row {int(rows.max())}; call prepare with the labels of the whole training split.")
+    rows, back = rows.unique(return_inverse=True)
+    x = x.new_zeros(len(rows), x.shape[1]).index_add_(0, back, x)/torch.bincount(back, minlength=len(rows))[:, None]
+    old = self.memory[rows].to(x.dtype)
+    new = torch.where(self.known[rows, None], self.momentum*old + (1 - self.momentum)*x, x)
+    self.memory[rows], self.known[rows] = self.represent(new).to(self.memory.dtype), True
+
+@patch
+def between(self:NeighbourNCA, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    if rows is None: refs, labels, own, there = x, targets, torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    else:
+        with torch.no_grad():
+            if self.training: self.remember(x, rows)
+            refs, labels, own, there = self.memory.to(x.dtype).clone(), self.labels, rows, self.known
+    w, known = self.kinship(targets, labels)
+    known = known & there & (own[:, None] != torch.arange(len(refs), device=x.device))
+    z = -distances(x, refs, self.distance)/self.temperature
+    low = torch.finfo(z.dtype).min
+    log_w = torch.where(known & (w > 0), w.clamp_min(1e-12).log(), low)
+    each = z.masked_fill(~known, low).logsumexp(1) - (z + log_w).clamp_min(low).logsumexp(1)
+    some = (known & (w > 0)).any(1)
+    return torch.where(some, each, 0.).sum()/some.sum().clamp_min(1)
+
+@patch
+def kinship(self:NeighbourNCA,
+    targets:Tensor, # (B,) node ids, or (B, C) multi-hot
+    labels:Tensor, # (n,) or (n, C)
+)->tuple[Tensor, Tensor]: # (B, n) weight of each image in memory, and whether it is known
+    "What the labels of the memory are to those of the batch; of node ids each is looked up once"
+    if targets.ndim == 2: return overlap(targets, labels), torch.ones(len(targets), len(labels), dtype=torch.bool, device=targets.device)
+    nodes, code = labels.unique(return_inverse=True)
+    if self.graded:
+        at_least, at_most = grades(targets, nodes, self.taxonomy, self.by)
+        return at_least.pow(self.power)[:, code], (at_least == at_most)[:, code]
+    same, different = relation(targets, nodes, self.taxonomy)
+    return same.float()[:, code], (same | different)[:, code]
+
+# %% ../nbs/13_pairs.ipynb #f0db9d09
+@torch.no_grad()
+def follow_slowly(
+    slow:nn.Module, # the copy, changed
+    fast:nn.Module, # what it follows
+    momentum:float, # μ: what stays
+)->None:
+    "θ' ← μθ' + (1 − μ)θ"
+    for a, b in zip(slow.parameters(), fast.parameters(), strict=True): a.lerp_(b, 1 - momentum)
+
+def two_views(
+    n:int, # B
+    targets:Tensor, # (B,) labels, or (B, C)
+)->int: # B/2
+    "Whether a batch holds each image twice, one half after the other; raises `HiermetricError` if not"
+    if n % 2 or targets.device.type == 'cpu' and not torch.equal(targets[:n//2], targets[n//2:]): raise HiermetricError("This loss compares two views of each image, and the batch does not hold every image twice; train with fit(…, views=2).")
+    return n//2
+
+class MomentumContrast(PairLoss):
+    "Find the own other view among a queue of keys, @eq-moco; labels are not looked at"
+    multi_label = True
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # not looked at
+        queue:int=1024, # K
+        dim:int=128, # of the projection
+        temperature:float=0.2, # τ
+        momentum:float=0.99, # μ of the slow projection
+    ):
+        super().__init__(in_features, taxonomy, 'cosine')
+        if queue < 1: raise HiermetricError(f"The queue needs room for at least one key, not {queue}.")
+        self.temperature, self.momentum, self.fast = temperature, momentum, nn.Linear(in_features, dim)
+        self.slow = copy.deepcopy(self.fast).requires_grad_(False)
+        self.register_buffer('queue', unit(torch.randn(queue, dim)))
+
+    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+        h = two_views(len(x), targets)
+        q = unit(self.fast(x[:h]))
+        with torch.no_grad():
+            if self.training: follow_slowly(self.slow, self.fast, self.momentum)
+            k, before = unit(self.slow(x[h:])), self.queue
+            if self.training: self.queue = torch.cat([before, k.to(before.dtype)])[-len(before):]   # a new tensor: the old one is still needed backwards
+        z = torch.cat([(q*k).sum(1, keepdim=True), q@before.to(q.dtype).T], 1)/self.temperature
+        return F.cross_entropy(z, z.new_zeros(h, dtype=torch.int64))
+
+# %% ../nbs/13_pairs.ipynb #c86b9c88
+class SimCLR(LibraryLoss):
+    "NT-Xent: find the own other view in the batch; labels are not looked at"
+    multi_label = True
+    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+        return self.loss(x, torch.arange(two_views(len(x), targets), device=x.device).repeat(2))
+
+def simclr(in_features:int, taxonomy:Taxonomy, # D; not looked at
+    temperature:float=0.5, # of the softmax over the batch
+)->SimCLR:
+    "NT-Xent over two views"
+    return SimCLR(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), 'cosine')
+
+# %% ../nbs/13_pairs.ipynb #b2bb65fd
+class MultiLabelSemiHard:
+    "Semi-hard triplets for labels that are sets, @eq-multilabel"
+    multi_label:bool = True
+    def __init__(self,
+        taxonomy:Taxonomy, # that node ids belong to; they are graded, too
+        distance:str='cosine', # of the loss
+        margin:float=0.2, # m
+        gap:float=0., # ε, how much more the positive must share
+        by:str='information', # grade of node ids, one of `GRADES`
+    ): self.taxonomy, self.distance, self.margin, self.gap, self.by = taxonomy, distance, margin, gap, choice('grade', by, GRADES)
+
+    @torch.no_grad()
+    def __call__(self,
+        x:Tensor, # (B, D) as the loss compares them
+        targets:Tensor, # (B, C) multi-hot, or (B,) node ids
+    )->tuple[Tensor, Tensor, Tensor]: # anchors, positives, negatives
+        check_labels(targets, self.taxonomy, len(x), True)
+        d, (low, high) = distances(x, x, self.distance), grades(targets, targets, self.taxonomy, self.by)
+        low = low.clone().fill_diagonal_(-1)
+        farther = d[:, None] - d[:, :, None]   # (B, B, B) of anchor, positive, negative
+        return ((low[:, :, None] > high[:, None] + self.gap) & (farther > 0) & (farther <= self.margin)).nonzero(as_tuple=True)
+
+# %% ../nbs/13_pairs.ipynb #78827286
 LOSSES = Registry('loss',
     triplet=('hiermetric.pairs.triplet', 'the positive nearer than the negative, by a margin'),
     contrastive=('hiermetric.pairs.contrastive', 'positives nearer than one bound, negatives farther than another'),
     margin=('hiermetric.pairs.margin', 'a bound a class, learnt, with a margin on either side'),
     multi_similarity=('hiermetric.pairs.multi_similarity', "soft maxima over an anchor's positives and negatives"),
     supcon=('hiermetric.pairs.supcon', "supervised contrastive: softmax over the batch"),
-    proxy_nca=('hiermetric.pairs.ProxyNCA', 'a learnt point a class, softmax over distances'))
+    proxy_nca=('hiermetric.pairs.ProxyNCA', 'a learnt point a class, softmax over distances'),
+    tree_triplet=('hiermetric.pairs.TreeTriplet', 'triplets ordered by the tree, margins that follow it'),
+    tree_margin=('hiermetric.pairs.TreeMargin', 'the margin loss with a distance for every grade of kinship'),
+    tree_supcon=('hiermetric.pairs.TreeSupCon', 'supervised contrastive with shares that follow the tree'),
+    boosted=('hiermetric.pairs.BoostedDeviance', 'BIER: binomial deviance, parts of the embedding boost each other'),
+    snca=('hiermetric.pairs.NeighbourNCA', 'soft nearest neighbours among all training images, from memory'),
+    moco=('hiermetric.pairs.MomentumContrast', 'two views and a queue of slow keys; no labels'),
+    simclr=('hiermetric.pairs.simclr', 'two views against the batch; no labels'))
 
 MINERS = Registry('miner',
     epshn=('hiermetric.pairs.epshn', 'easy positive, semi-hard negative'),
@@ -305,6 +713,8 @@ MINERS = Registry('miner',
     semi_hard=('hiermetric.pairs.semi_hard', 'negatives a little farther than the positive'),
     distance_weighted=('hiermetric.pairs.distance_weighted', 'negatives at all distances alike'),
     multi_similarity=('hiermetric.pairs.multi_similarity_pairs', 'pairs on the wrong side of the hardest other'),
+    tree=('hiermetric.pairs.TreeTriplets', 'easy positive, semi-hard negative at every ancestor'),
+    multi_label=('hiermetric.pairs.MultiLabelSemiHard', 'semi-hard by the overlap of sets of labels, or by the grade in the tree'),
     random=('hiermetric.pairs.RandomTriplets', 'triplets at random'),
     intra_class=('hiermetric.pairs.intra_class', 'random triplets inside a class'))
 
@@ -354,7 +764,7 @@ class MetricHead(LeafHead):
     def represent(self, emb:Tensor)->Tensor: return self.criterion.represent(self.full(emb))
     def prepare(self, emb:Tensor, targets:Tensor)->None: self.criterion.prepare(targets)
 
-# %% ../nbs/13_pairs.ipynb #b7621a35
+# %% ../nbs/13_pairs.ipynb #d4f027ad
 @patch
 def loss(self:MetricHead,
     emb:Tensor, # (B, D)
@@ -362,7 +772,7 @@ def loss(self:MetricHead,
 )->Tensor: # scalar; 0 for a batch that teaches nothing
     "The loss on what the miner finds; in training the class means follow"
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
-    targets, rows = targets.long(), getattr(self, "rows", None)
+    targets, rows = targets.long(), self.rows
     with torch.autocast(emb.device.type, enabled=False):
         emb = self.full(emb)
         with torch.no_grad():
