@@ -23,37 +23,9 @@ from .unseen import known_ancestor
 from .pairs import BoostedDeviance, Decorrelation, MetricHead, NeighbourNCA, PairLoss, check_labels, class_means, create_loss, create_miner, draw, mean_above_zero, relation
 
 # %% auto #0
-__all__ = ['kmeans', 'match_clusters', 'MultiTask', 'compare', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA',
+__all__ = ['MultiTask', 'compare', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'kmeans', 'match_clusters',
            'DivideConquer', 'BIER', 'SNDL', 'read_multi_hot', 'PartialMargin', 'pseudo_classes', 'join_modalities',
            'RankFlags', 'rank_report']
-
-# %% ../nbs/13_multitask.ipynb #c24966b8
-def kmeans(
-    x:Tensor, # (n, D) vectors; only their directions count
-    k:int, # clusters
-    seed:int=0,
-    iters:int=20,
-)->tuple[Tensor, Tensor]: # (k, D) unit vectors, the centres; (n,) int64, the cluster of each row
-    "Spherical k-means by faiss, over all rows; twice the same from the same seed"
-    import faiss
-    if not 1 <= k <= len(x): raise HiermetricError(f"{len(x)} vectors cannot make {k} clusters; there must be at least 1 cluster and no more than vectors.")
-    if not x.isfinite().all(): raise HiermetricError("Vectors with NaN or infinity cannot be clustered; check the features, or lower the learning rate.")
-    v = unit(x.detach().float()).cpu().contiguous().numpy()
-    search = faiss.Kmeans(v.shape[1], k, niter=iters, seed=seed % 2**31, spherical=True, min_points_per_centroid=1, max_points_per_centroid=len(v))
-    search.train(v)
-    return torch.from_numpy(search.centroids).to(x.device), torch.from_numpy(search.index.search(v, 1)[1][:, 0]).to(x.device)
-
-# %% ../nbs/13_multitask.ipynb #3635e846
-def match_clusters(
-    before:Tensor, # (n,) clusters, 0 to k−1
-    now:Tensor, # (n,) clusters of the same rows
-    k:int, # how many there are
-)->Tensor: # (n,) `now`, renumbered
-    "Numbers that keep as many rows as possible in the cluster of the same number"
-    from scipy.optimize import linear_sum_assignment
-    shared = torch.bincount(before*k + now, minlength=k*k).view(k, k).cpu()
-    old, new = (torch.from_numpy(o) for o in linear_sum_assignment(shared.numpy(), maximize=True))
-    return torch.empty_like(old).scatter_(0, new, old).to(now.device)[now]
 
 # %% ../nbs/13_multitask.ipynb #ac031252
 class MultiTask(MetricHead):
@@ -225,6 +197,34 @@ def tasks(self:DiVA,
     if self.single: loss = loss + self.single*instance_loss(single, self.split(x)[3], self.rows, self.temperature)
     if self.decorrelate: loss = loss + self.decorrelate*sum(o([part, first]) for o, part in zip(self.adversaries, parts[1:]))
     return loss
+
+# %% ../nbs/13_multitask.ipynb #c24966b8
+def kmeans(
+    x:Tensor, # (n, D) vectors; only their directions count
+    k:int, # clusters
+    seed:int=0,
+    iters:int=20,
+)->tuple[Tensor, Tensor]: # (k, D) unit vectors, the centres; (n,) int64, the cluster of each row
+    "Spherical k-means by faiss, over all rows; twice the same from the same seed"
+    import faiss
+    if not 1 <= k <= len(x): raise HiermetricError(f"{len(x)} vectors cannot make {k} clusters; there must be at least 1 cluster and no more than vectors.")
+    if not x.isfinite().all(): raise HiermetricError("Vectors with NaN or infinity cannot be clustered; check the features, or lower the learning rate.")
+    v = unit(x.detach().float()).cpu().contiguous().numpy()
+    search = faiss.Kmeans(v.shape[1], k, niter=iters, seed=seed % 2**31, spherical=True, min_points_per_centroid=1, max_points_per_centroid=len(v))
+    search.train(v)
+    return torch.from_numpy(search.centroids).to(x.device), torch.from_numpy(search.index.search(v, 1)[1][:, 0]).to(x.device)
+
+# %% ../nbs/13_multitask.ipynb #3635e846
+def match_clusters(
+    before:Tensor, # (n,) clusters, 0 to k−1
+    now:Tensor, # (n,) clusters of the same rows
+    k:int, # how many there are
+)->Tensor: # (n,) `now`, renumbered
+    "Numbers that keep as many rows as possible in the cluster of the same number"
+    from scipy.optimize import linear_sum_assignment
+    shared = torch.bincount(before*k + now, minlength=k*k).view(k, k).cpu()
+    old, new = (torch.from_numpy(o) for o in linear_sum_assignment(shared.numpy(), maximize=True))
+    return torch.empty_like(old).scatter_(0, new, old).to(now.device)[now]
 
 # %% ../nbs/13_multitask.ipynb #12c7895b
 class DivideConquer(MultiTask):
