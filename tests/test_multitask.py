@@ -6,9 +6,9 @@ from hiermetric.aam import CombinedMargin, unit
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import Rule, create_rule
 from hiermetric.heads import create_head
-from hiermetric.multitask import PartialMargin, RankFlags, join_modalities, kmeans, match_clusters, pseudo_classes, rank_report
+from hiermetric.multitask import PartialMargin, join_modalities, kmeans, match_clusters, pseudo_classes, rank_report
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import embeddings, fit, predict, toy_features
+from hiermetric.training import embeddings, fit, toy_features
 from hiermetric.unseen import known_ancestor
 
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})
@@ -124,7 +124,7 @@ def test_flags_are_the_loop(nodes, n, q, seed):
     new = tax.node_probs(torch.from_numpy(rng.dirichlet(np.full(tax.n_leaves, .5), size=9))).numpy(); leaf = tax.leaves[new[:, tax.leaves].argmax(1)]
     for i, said in enumerate(rule(new)):
         want = 0
-        for v in tax.path(int(leaf[i])) if False else [u for u in range(len(tax)) if tax.is_ancestor(u, int(leaf[i]))]:
+        for v in [u for u in range(len(tax)) if tax.is_ancestor(u, int(leaf[i]))]:
             if new[i, v] < rule.limits[v]: break
             want = v
         assert said == want
@@ -282,7 +282,7 @@ def test_runs_resume_bit_for_bit_and_models_come_back(name, tmp_path):
     from hiermetric.heads import Model
     back = Model.load(tmp_path/'whole'/'model'); q = TOY.of('test')[0]
     assert torch.equal(back.node_probs(q), whole.model.node_probs(q)) and torch.equal(back.represent(q), whole.model.represent(q))
-    assert (whole.history.val_top1.iloc[-1] > .3) and len(embeddings(back, TOY, 'test')) == len(q)
+    assert whole.history.val_top1.iloc[-1] > 1.5/TAX.n_leaves and len(embeddings(back, TOY, 'test')) == len(q)
 
 def test_clusters_are_made_anew_and_keep_their_numbers():
     head = made('divide_conquer', every=2); first = head.cluster.clone()
@@ -311,15 +311,16 @@ def test_many_labels(name, kw):
     head = made(name, **kw); y = TAX.multi_hot(T)[:, 1:]; head.prepare(X, T)
     for o in head.modules():
         if hasattr(o, 'memory') and isinstance(o.memory, torch.Tensor): o.prepare(y)
-    def overlap_of_nearest():
+    overlap = (y.float()@y.T.float())/(y[:, None] | y).sum(2)
+    def told():
+        "How well the cosines follow the overlap of labels: their correlation over all pairs"
         with torch.no_grad(): r = head.eval().represent(X)
-        head.train(); s = r@r.T; s.fill_diagonal_(-2); j = s.argmax(1)
-        return float(((y & y[j]).sum(1)/(y | y[j]).sum(1)).mean())
-    before, opt = overlap_of_nearest(), torch.optim.Adam(head.parameters(), 3e-3); g = torch.Generator().manual_seed(0)
-    for _ in range(12):
+        head.train(); return float(torch.corrcoef(torch.stack([(r@r.T).flatten(), overlap.flatten()]))[0, 1])
+    before, opt = told(), torch.optim.Adam(head.parameters(), 1e-2); g = torch.Generator().manual_seed(0)
+    for _ in range(30):
         rows = torch.randperm(len(X), generator=g)[:48]; head.rows = rows
         opt.zero_grad(); loss = head.loss(X[rows], y[rows]); loss.backward(); opt.step(); assert loss.isfinite()
-    assert overlap_of_nearest() > before + .02
+    assert told() > before + .1
     run = fit(TOY, name, head_kw=SMALL[name] | kw | dict(paths=True), sampler='m_per_class', epochs=1, batch_size=48, device='cpu')
     assert run.history.loss.notna().all()
     with pytest.raises(HiermetricError, match='one column for every node'): head.loss(X[:4], y[:4, :3])
