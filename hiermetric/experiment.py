@@ -24,8 +24,9 @@ from .decisions import TemperatureScaling, create_rule
 from .training import Run, fit, load_run, predict, split_tensors
 
 # %% auto #0
-__all__ = ['recipes', 'margins', 'search_space', 'shown_metrics', 'Variant', 'trials', 'tune_head', 'Verdict', 'judge',
-           'image_sums', 'mean_interval', 'bootstrap', 'bootstrap_macro', 'logistic_regression', 'Report', 'compare']
+__all__ = ['recipes', 'margins', 'search_space', 'shown_metrics', 'Variant', 'own_space', 'trials', 'tune_head', 'Verdict',
+           'judge', 'image_sums', 'mean_interval', 'bootstrap', 'bootstrap_macro', 'logistic_regression', 'Report',
+           'compare']
 
 # %% ../nbs/15_experiment.ipynb #32b27d8f
 @dataclass(frozen=True)
@@ -65,8 +66,19 @@ search_space = {
     'soft_max_margin': dict(tau=[0.5, 1., 2.]), 'logit_adjusted': dict(tau=[0.5, 1., 1.5]), 'semantic': dict(s=[16., 24.], ce=[0.1, 0.5, 1.]),
     'tree_gaussian': dict(strength=[1., 2., 5.], shrink=[0.05, 0.1, 0.2]),
     'kernel_ridge': dict(width=[0.5, 1., 2.], ridge=[0.03, 0.1, 0.3]),
+    'metric: triplet': dict(loss_kw=[dict(margin=m) for m in (0.05, 0.1, 0.2)]), 'metric: tree_triplet': dict(loss_kw=[dict(margin=m) for m in (0.1, 0.2, 0.4)]),
+    **dict.fromkeys(['metric: margin', 'metric: tree_margin'], dict(loss_kw=[dict(margin=m) for m in (0.1, 0.2, 0.3)])), 'metric: proxy_nca': dict(loss_kw=[dict(scale=s) for s in (4., 8., 16.)]),
+    'metric: supcon': dict(loss_kw=[dict(temperature=t) for t in (0.05, 0.1, 0.2)]), 'metric: tree_supcon': dict(loss_kw=[dict(temperature=t, power=p) for t in (0.05, 0.1) for p in (2., 4., 8.)]),
+    'metric: multi_similarity': dict(loss_kw=[dict(base=b) for b in (0.3, 0.5, 0.7)]),
     'LogisticRegression': dict(power=[0.5, 1.], C=[0.0003, 0.001, 0.003, 0.01, 0.03]),
 }
+
+def own_space(
+    settings:dict, # of a `Variant`
+)->dict[str, list]: # values to try for each of the head's own settings; a metric head's go by its loss
+    "What there is to tune about a head"
+    head, kw = settings['head'], settings.get('head_kw') or {}
+    return search_space.get(f"{head}: {kw.get('loss')}", search_space.get(head, {}))
 
 def trials(
     variant:Variant,
@@ -75,7 +87,7 @@ def trials(
 )->list[Variant]: # the first is `variant` itself
     "Settings to try for one competitor: the same recipes for all, the head's own at random"
     if n > len(recipes) + 1: raise HiermetricError(f"There are {len(recipes) + 1} different trials a head, not {n}; lower `tune`.")
-    head, own = variant.settings['head'], search_space.get(variant.settings['head'], {})
+    head, own = variant.settings['head'], own_space(variant.settings)
     combos = [dict(zip(own, o)) for o in itertools.product(*own.values())]
     inside = head_trait(head, 'embedding') == 'none'   # such a head has its own projections, and dropout behind them
     def with_(recipe:dict, kw:dict)->Variant:
@@ -97,7 +109,7 @@ def tune_head(
     rows, options = [], trials(variant, n)
     for i, o in enumerate(options):
         with job(f'{variant.label}, trial {i+1} of {n}') as tell: run = fit(features, **o.settings, seed=0, out=_folder(runs, features, o, 'seed0'), log=('csv', tell))
-        used, own = _flat(run.settings), [*recipes[0], *search_space.get(o.settings['head'], {})]
+        used, own = _flat(run.settings), [*recipes[0], *own_space(o.settings)]
         rows.append({'head': variant.label, 'trial': i, **{k: used.get(k, getattr(run.model.head, k, None)) for k in own}, **{k: run.best[k] for k in ('val_top1', 'val_nll')}})
     table = pd.DataFrame(rows)
     best = table.sort_values(['val_top1', 'val_nll'], ascending=[False, True], kind='stable').index[0]

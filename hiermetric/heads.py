@@ -220,7 +220,7 @@ def power_normalise(
     return x if power == 1 else x*(x.abs() + eps)**(power - 1)
 
 # %% ../nbs/05_heads.ipynb #d5d6256c
-EMBEDDINGS = ('devnet', 'mlp', 'linear', 'none')
+EMBEDDINGS = ('devnet', 'mlp', 'linear', 'skip', 'none')
 
 class EmbeddingNet(nn.Module):
     "Features to embedding, (B, F) → (B, D)"
@@ -228,7 +228,7 @@ class EmbeddingNet(nn.Module):
         in_features:int, # F
         out_features:int=512, # D; with kind 'none' it is F whatever is given
         kind:str='linear', # one of `EMBEDDINGS`
-        dropout:float|None=None, # on the embedding, in training; None: 0.2 for devnet and mlp, else 0
+        dropout:float|None=None, # on the embedding, in training; None: 0.2 for devnet, mlp and skip, else 0
         norm:str|None=None, # 'batch': BatchNorm after every Linear
         power:float=1., # features are raised to it first, their sign kept; 1: left as they are
     ):
@@ -237,18 +237,20 @@ class EmbeddingNet(nn.Module):
         if norm not in (None, 'batch'): raise HiermetricError(f"There is no norm {norm!r}; there are None and 'batch'.")
         if not 0 < power <= 1: raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
         if kind == 'none': out_features = in_features
-        if dropout is None: dropout = 0.2 if kind in ('devnet', 'mlp') else 0.
+        if dropout is None: dropout = 0.2 if kind in ('devnet', 'mlp', 'skip') else 0.
         self.in_features, self.out_features, self.kind, self.dropout, self.norm, self.power = in_features, out_features, kind, dropout, norm, power
         def block(o:int, relu:bool)->list[nn.Module]: return [nn.Linear(in_features, o), *([nn.BatchNorm1d(o)] if norm else []), *([nn.ReLU()] if relu else [])]
         hidden = [] if kind in ('linear', 'none') else block(in_features, True)
         self.layers = nn.Sequential(nn.Flatten(), *hidden, *([] if kind == 'none' else block(out_features, kind == 'devnet')), nn.Dropout(dropout))
+        self.short = nn.Linear(in_features, out_features, bias=False) if kind == 'skip' else None
 
     def forward(self,
         x:Tensor, # (B, F) features, or (B, F, 1, 1)
     )->Tensor: # (B, D)
         if x[0:1].numel() != self.in_features*len(x[0:1]): raise HiermetricError(f"Features of shape {tuple(x.shape)} do not fit an embedding of {self.in_features} features.")
         if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; leave an incomplete last batch out.")
-        return self.layers(power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power))
+        x = power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power)
+        return self.layers(x) if self.short is None else self.layers(x) + F.dropout(self.short(x.flatten(1)), self.dropout, self.training)
 
 # %% ../nbs/05_heads.ipynb #42dddaf1
 HEADS = Registry('head',

@@ -55,10 +55,11 @@ class _Distance(BaseDistance):
     def __init__(self, distance:str): super().__init__(normalize_embeddings=False, is_inverted=False); self.kind = distance
     def compute_mat(self, query_emb:Tensor, ref_emb:Tensor)->Tensor: return distances(query_emb, ref_emb, self.kind)
 
-# %% ../nbs/13_pairs.ipynb #31663ece
+# %% ../nbs/13_pairs.ipynb #803c26a1
 class PairLoss(nn.Module):
     "What every loss on pairs is; a subclass defines `between(x, targets, found, rows)`"
     multi_label:bool = False # also takes multi-hot labels, (B, C)
+    takes:str = 'any' # miners: 'any', 'plain' (a positive is the same, a negative is different), 'none'
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes
@@ -98,7 +99,7 @@ def check_labels(
     if not multi_label: raise HiermetricError(f"Labels of shape {tuple(targets.shape)} do not fit: here every image has one label, (B,) node ids.")
     if targets.ndim != 2 or len(targets) != n: raise HiermetricError(f"Multi-hot labels of shape {tuple(targets.shape)} do not fit: ({n}, C) is wanted.")
 
-# %% ../nbs/13_pairs.ipynb #fcc81229
+# %% ../nbs/13_pairs.ipynb #3f52fe33
 class LibraryLoss(PairLoss):
     "A loss of pytorch-metric-learning on labels at any node"
     def __init__(self,
@@ -107,9 +108,10 @@ class LibraryLoss(PairLoss):
         loss:Callable, # makes the loss from its `distance`
         distance:str, # one of `DISTANCES`
         normalise:bool=True, # embeddings are scaled to length 1 first
+        takes:str='plain', # miners
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
-        self.loss = loss(distance=_Distance(distance))
+        self.loss, self.takes = loss(distance=_Distance(distance)), takes
 
     def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
         labels, all_known = leaf_labels(targets, self.taxonomy)
@@ -133,13 +135,13 @@ def known_pairs(
     same, different = relation(targets, targets, taxonomy)
     return *same.fill_diagonal_(False).nonzero(as_tuple=True), *different.nonzero(as_tuple=True)
 
-# %% ../nbs/13_pairs.ipynb #fc48405d
+# %% ../nbs/13_pairs.ipynb #c2c92150
 def triplet(in_features:int, taxonomy:Taxonomy, # D, tree
     margin:float=0.1, # how much farther the negative shall be
     distance:str='euclidean', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "max(0, d(a, p) − d(a, n) + margin)"
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.TripletMarginLoss(margin, **kw), distance, normalise)
+    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.TripletMarginLoss(margin, **kw), distance, normalise, 'any')
 
 def contrastive(in_features:int, taxonomy:Taxonomy, # D, tree
     near:float=0., far:float=1., # a positive shall be at most as near, a negative at least as far
@@ -156,7 +158,7 @@ def margin(in_features:int, taxonomy:Taxonomy, # D, tree
 )->LibraryLoss:
     "max(0, d(a, p) − β + margin) + max(0, β − d(a, n) + margin) with a bound β a class"
     if beta is None: beta = first_bound(distance)
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves, **kw), distance, normalise)
+    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves, **kw), distance, normalise, 'any')
 
 def first_bound(distance:str)->float: return 1.2 if distance == 'euclidean' else 1.2**2/2   # the same place on the sphere, @eq-distance
 
@@ -176,9 +178,10 @@ def supcon(in_features:int, taxonomy:Taxonomy, # D, tree
     "Supervised contrastive: cross-entropy of an anchor's positives among all others"
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), distance, normalise)
 
-# %% ../nbs/13_pairs.ipynb #4ff1f452
+# %% ../nbs/13_pairs.ipynb #2558b291
 class ProxyNCA(PairLoss):
     "One learnt point a class, and a softmax over the distances to them, @eq-proxynca"
+    takes = 'none'
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves
@@ -202,10 +205,10 @@ def _offsets(x:Tensor, p:Tensor, distance:str)->Tensor: # (B, L), the smaller th
     "Cosine or squared Euclidean distances: both are smooth where x meets p"
     return 1 - x@p.T if distance == 'cosine' else (x.square().sum(1, keepdim=True) - 2*x@p.T + p.square().sum(1)).clamp_min(0)
 
-# %% ../nbs/13_pairs.ipynb #19950f99
+# %% ../nbs/13_pairs.ipynb #fd797de3
 class LibraryMiner:
     "A miner of pytorch-metric-learning on labels at any node"
-    multi_label:bool = False
+    plain:bool = True # positives are the same leaf, negatives different ones
     def __init__(self,
         taxonomy:Taxonomy, # that labels belong to
         miner:Callable, # of pytorch-metric-learning
@@ -253,10 +256,9 @@ def distance_weighted(taxonomy:Taxonomy, distance:str='cosine', # tree; not look
     "Negatives at all distances alike: drawn by one over the density of distances on the sphere"
     return LibraryMiner(taxonomy, pml_miners.DistanceWeightedMiner(cutoff, far))
 
-# %% ../nbs/13_pairs.ipynb #c9e47126
+# %% ../nbs/13_pairs.ipynb #ab7b4bff
 class RandomTriplets:
     "Triplets at random, `k` an anchor"
-    multi_label:bool = False
     def __init__(self,
         taxonomy:Taxonomy, # that labels belong to
         distance:str='cosine', # not looked at
@@ -264,7 +266,7 @@ class RandomTriplets:
         intra:bool=False, # all three of one leaf
     ):
         if k < 1: raise HiermetricError(f"An anchor needs at least one triplet, not k={k}.")
-        self.taxonomy, self.k, self.intra = taxonomy, k, intra
+        self.taxonomy, self.k, self.intra, self.plain = taxonomy, k, intra, not intra
 
     def __call__(self, x:Tensor, targets:Tensor)->tuple[Tensor, Tensor, Tensor]: # as `LibraryMiner`
         check_labels(targets, self.taxonomy, len(x))
@@ -425,10 +427,10 @@ def chosen(
     out = torch.zeros_like(mask); out[a, p] = True; out[b, n] = True
     return out & mask
 
-# %% ../nbs/13_pairs.ipynb #f5963464
+# %% ../nbs/13_pairs.ipynb #2ff542d6
 class TreeTriplets:
     "Easy positive, semi-hard negative at every ancestor"
-    multi_label:bool = False
+    plain:bool = False # a positive is only nearer in the tree than the negative
     def __init__(self,
         taxonomy:Taxonomy, # tree of height H
         distance:str='cosine', # of the loss
@@ -535,10 +537,10 @@ class Decorrelation(nn.Module):
         x = [reverse_gradient(unit(o)) for o in parts]
         return -sum((x[j]*unit(net(x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets))/max(len(x[0]), 1)
 
-# %% ../nbs/13_pairs.ipynb #990f391f
+# %% ../nbs/13_pairs.ipynb #552062b9
 class NeighbourNCA(PairLoss):
     "Soft nearest neighbours among all training images, from memory, @eq-snca"
-    multi_label = True
+    multi_label, takes = True, 'none'
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes
@@ -610,7 +612,7 @@ def kinship(self:NeighbourNCA,
     same, different = relation(targets, nodes, self.taxonomy)
     return same.float()[:, code], (same | different)[:, code]
 
-# %% ../nbs/13_pairs.ipynb #f0db9d09
+# %% ../nbs/13_pairs.ipynb #3782d501
 @torch.no_grad()
 def follow_slowly(
     slow:nn.Module, # the copy, changed
@@ -630,7 +632,7 @@ def two_views(
 
 class MomentumContrast(PairLoss):
     "Find the own other view among a queue of keys, @eq-moco; labels are not looked at"
-    multi_label = True
+    multi_label, takes = True, 'none'
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # not looked at
@@ -655,7 +657,7 @@ class MomentumContrast(PairLoss):
         z = torch.cat([(q*k).sum(1, keepdim=True), q@before.to(q.dtype).T], 1)/self.temperature
         return F.cross_entropy(z, z.new_zeros(h, dtype=torch.int64))
 
-# %% ../nbs/13_pairs.ipynb #c86b9c88
+# %% ../nbs/13_pairs.ipynb #7cfaa51a
 class SimCLR(LibraryLoss):
     "NT-Xent: find the own other view in the batch; labels are not looked at"
     multi_label = True
@@ -666,12 +668,12 @@ def simclr(in_features:int, taxonomy:Taxonomy, # D; not looked at
     temperature:float=0.5, # of the softmax over the batch
 )->SimCLR:
     "NT-Xent over two views"
-    return SimCLR(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), 'cosine')
+    return SimCLR(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), 'cosine', takes='none')
 
-# %% ../nbs/13_pairs.ipynb #b2bb65fd
+# %% ../nbs/13_pairs.ipynb #fe0779a6
 class MultiLabelSemiHard:
     "Semi-hard triplets for labels that are sets, @eq-multilabel"
-    multi_label:bool = True
+    plain:bool = False
     def __init__(self,
         taxonomy:Taxonomy, # that node ids belong to; they are graded, too
         distance:str='cosine', # of the loss
@@ -737,7 +739,7 @@ def create_miner(
     "A miner by name"
     return MINERS.taking(name, kw, given=('taxonomy', 'distance'))(taxonomy=taxonomy, distance=choice('distance', distance, DISTANCES), **kw)
 
-# %% ../nbs/13_pairs.ipynb #7590cc57
+# %% ../nbs/13_pairs.ipynb #08d105da
 class MetricHead(LeafHead):
     "A loss on pairs or proxies, by name; leaves by their means, @eq-means"
     def __init__(self,
@@ -756,6 +758,8 @@ class MetricHead(LeafHead):
         self.criterion = create_loss(loss, taxonomy, in_features, **loss_kw or {}, **{} if distance is None else {'distance': distance})
         self.distance, self.momentum = self.criterion.distance, momentum
         self.miner = None if miner is None else create_miner(miner, taxonomy, self.distance, **miner_kw or {})
+        if miner and (self.criterion.takes == 'none' or self.criterion.takes == 'plain' and not self.miner.plain):
+            raise HiermetricError(f"The loss {loss!r} {'looks at no pairs, so it takes no miner' if self.criterion.takes == 'none' else f'knows only same and different, and the miner {miner!r} finds triplets of another kind'}; leave the miner out, or choose another.")
         dim = self.criterion.represent(torch.zeros(1, in_features)).shape[1]
         self.register_buffer('weight', torch.zeros(taxonomy.n_leaves, dim))
         self.register_buffer('count', torch.zeros(taxonomy.n_leaves))

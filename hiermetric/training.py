@@ -21,7 +21,7 @@ from .taxonomy import Taxonomy
 from .datasets import ImageTable
 from .backbones import Transform
 from .features import Features, _bar, _batches, _size
-from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss
+from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
 from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
@@ -557,9 +557,13 @@ def predict(
     x:Tensor|Features|ImageTable, # (n, F) features, or data with a split
     split:str|None=None, # of features or images: 'val', 'test' …
     batch_size:int|None=None, # rows at a time; None: 4096 of features, 256 of images
+    tta:str|None=None, # test-time augmentation of images: the mean over these `tta_views`, 'plankton' or 'natural'
 )->Tensor: # (n, N) node probabilities, float32, on the CPU
     "What the model says about every row"
-    return _over(model, model.node_probs, x, split, batch_size)
+    if tta is None: return _over(model, model.node_probs, x, split, batch_size)
+    if not isinstance(x, ImageTable): raise HiermetricError("Only images can be turned and mirrored; give `predict` the table of images, or tta=None.")
+    views = tta_views(tta)
+    return _over(model, lambda pixels, *size: views.node_probs(lambda v: model.node_probs(v, *size), pixels), x, split, batch_size)
 
 def embeddings(
     model:Model, x:Tensor|Features|ImageTable, split:str|None=None, batch_size:int|None=None, # as for `predict`
@@ -785,6 +789,21 @@ def _build(data:Features|ImageTable, cfg:dict, channels_last:bool=True)->Model:
         return Model(EmbeddingNet(dim, out_dim, kind=cfg['embedding'], power=1. if encoder is None else cfg['power'], dropout=cfg['dropout'], **cfg['embed_kw'] or {}),
                      create_head(cfg['head'], in_features=out_dim, taxonomy=data.taxonomy, **cfg['head_kw'] or {}), encoder)
 
+def _weights_of(start:Run|str|Path|None)->tuple[Model|None, str|None]: # and a fingerprint of what is taken over, by which runs that began differently are told apart
+    "The model that a run begins with"
+    if start is None: return None, None
+    folder = None if isinstance(start, Run) else Path(start)
+    other = start.model if folder is None else Model.load(folder/'model' if (folder/'model').exists() else folder)
+    return other, core.fingerprint(*(v.cpu().contiguous().numpy().tobytes() for k, v in other.state_dict().items() if not k.startswith('head.')))
+
+def _begin_with(model:Model, other:Model)->None:
+    "Take over everything below the head; another tree or another head do not matter"
+    for what in ('encoder', 'embedding'):
+        new, old = ({} if getattr(o, what) is None else getattr(o, what).state_dict() for o in (model, other))
+        if diff := [k for k in {**new, **old} if getattr(new.get(k), 'shape', None) != getattr(old.get(k), 'shape', None)]:
+            raise HiermetricError(f"This run cannot begin with the {what} of that one: they differ in {diff[0]} ({', '.join(str(tuple(o[diff[0]].shape)) if diff[0] in o else 'not there' for o in (new, old))}). Give both the same backbone, embedding, embed_dim and embed_kw.")
+        if new: getattr(model, what).load_state_dict(old)
+
 def _sources(data:Features|ImageTable, model:Model, cfg:dict, acc:'accelerate.Accelerator', workers:int, progress:bool)->list[FeatureSource|ImageSource]:
     "Training and validation split; decoded by one process while the others wait"
     if isinstance(data, Features): return [FeatureSource(data, s, cfg['power'], acc.device) for s in ('train', 'val')]
@@ -861,7 +880,7 @@ def fit(
     data:Features|ImageTable, # cached features, or images from `load_dataset`; with splits 'train' and 'val'
     head:str='classifier', # a name of `list_heads()`
     *,
-    embedding:str|None=None, # 'linear', 'mlp', 'devnet' or 'none'; None: what suits the head
+    embedding:str|None=None, # 'linear', 'mlp', 'skip', 'devnet' or 'none'; None: what suits the head
     embed_dim:int=512, # D
     power:float|None=None, # of the features, see `EmbeddingNet`; None: 0.5, and 1 for images
     dropout:float|None=None, # on the embedding; None: 0.5 (0.2 for images), and 0 without an embedding block
@@ -877,6 +896,7 @@ def fit(
     patience:int|None=8, # epochs without a better one before stopping; None never stops early
     monitor:str='top1', # what better means on validation: 'top1' or 'nll'
     seed:int=0, # of weights, order, augmentation and dropout
+    start:Run|str|Path|None=None, # begin with the embedding (and encoder) of another run, or of the run or model in that folder
     sampler:str='shuffle', # which images an epoch is made of: 'shuffle', or a name that `create_sampler` knows
     sampler_kw:dict|None=None, # its settings
     views:int=1, # how often a batch holds each of its images, every time augmented anew; 2 for losses that compare views
@@ -910,12 +930,14 @@ def fit(
 )->Run: # best weights, history, timing
     "Train an embedding and a head on cached features, or a whole network on images"
     cfg = _resolve(data, {k: v for k,v in locals().items() if k not in _OUTSIDE})
+    first, cfg['start'] = _weights_of(start)
     checkpoint_due(every := checkpoint_every if checkpoint_every is not None else 5 if isinstance(data, Features) else '10 minutes')
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
     cfg['precision'], gpu = acc.mixed_precision, acc.device.type == 'cuda'
     identity = _identity(data, cfg)
     if out and resume and (out/'run.json').exists(): return load_run(out, data.taxonomy, identity)
     model = _build(data, cfg, channels_last is not False)
+    if first is not None: _begin_with(model, first)
     trainer = Trainer(model, *_sources(data, model, cfg, acc, workers if workers is not None else gpu*min(8, os.cpu_count() or 1), progress), cfg, acc)
     if compile and model.encoder is not None: model.encoder.net.compile()
     if out and resume and (out/'checkpoint.pt').exists(): trainer.resume(out/'checkpoint.pt', identity)

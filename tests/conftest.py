@@ -20,7 +20,8 @@ def quick_page(tmp_path, monkeypatch):
     def run(name, timeout=600):
         import execute_nbs, nbformat
         monkeypatch.setenv('HIERMETRIC_PROFILE', 'quick')
-        copy = Path(shutil.copy(Path(__file__).resolve().parent.parent/'nbs'/'results'/f'{name}.ipynb', tmp_path))
+        nbs = Path(__file__).resolve().parent.parent/'nbs'
+        copy = Path(shutil.copy(nbs/'results'/f'{name}.ipynb', tmp_path)); shutil.copytree(nbs/'configs', tmp_path/'configs')
         execute_nbs.run(copy, ['data'], timeout=timeout)
         outputs = [o for c in nbformat.read(copy, 4).cells if c.cell_type == 'code' for o in c.outputs]
         return '\n'.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', '')) for o in outputs), [o for o in outputs if o.output_type == 'error']

@@ -196,7 +196,7 @@ def test_embedding(kind, norm):
     net = EmbeddingNet(12, 5, kind, norm=norm).eval(); x = torch.randn(6, 12, dtype=torch.float16)
     y = net(x); assert y.shape == (6, net.out_features) == net(x[:, :, None, None]).shape and y.dtype == torch.float32
     assert net.out_features == (12 if kind == 'none' else 5) and net(x[:0]).shape == (0, net.out_features)
-    assert net.dropout == (0.2 if kind in ('devnet', 'mlp') else 0)
+    assert net.dropout == (0.2 if kind in ('devnet', 'mlp', 'skip') else 0)
 
 def test_devnet_is_the_block_of_the_thesis():
     net = EmbeddingNet(6, 4, 'devnet').eval(); a, b = [o for o in net.layers if isinstance(o, torch.nn.Linear)]; x = torch.randn(3, 6)

@@ -472,6 +472,24 @@ def test_images_learn_and_their_model_keeps_its_backbone(seen, pictures):
     assert 'images' in (found := json.loads((seen.out/'run.json').read_text())) and 'features' not in found and found['settings']['backbone'] == 'timm:test_efficientnet'
     with pytest.raises(HiermetricError, match='belongs to other images'): fit(replace(pictures, name='others'), **{**IMAGES, 'epochs': 8, 'augment': None}, out=seen.out)
 
+def test_views_at_test_time_make_the_answer_the_same_whichever_way_up(seen, pictures, tmp_path):
+    model, paths = seen.model, pictures.samples.path.tolist()
+    turned = []
+    for i, p in enumerate(paths): Image.open(p).rotate(90, expand=True).save(tmp_path/f'{i}.png'); turned.append(str(tmp_path/f'{i}.png'))
+    other = replace(pictures, samples=pictures.samples.assign(path=turned))
+    a, b = (predict(model, o, 'test', tta='plankton') for o in (pictures, other))
+    # resizing and padding are not quite the same for a picture that lies on its side
+    assert torch.allclose(a, b, atol=.02) and (predict(model, pictures, 'test') - predict(model, other, 'test')).abs().max() > .05
+    assert torch.allclose(a, torch.stack([predict(model, o, 'test', tta='natural') for o in _turns(pictures, tmp_path)]).mean(0), atol=.02)
+    with pytest.raises(HiermetricError, match='Only images can be turned'): predict(model, torch.zeros(2, 16), tta='plankton')
+    with pytest.raises(HiermetricError, match="no views 'plancton'"): predict(model, pictures, 'test', tta='plancton')
+
+def _turns(pictures, folder):
+    for k in range(4):
+        paths = []
+        for i, p in enumerate(pictures.samples.path): paths.append(str(folder/f't{k}-{i}.png')); Image.open(p).rotate(90*k, expand=True).save(paths[-1])
+        yield replace(pictures, samples=pictures.samples.assign(path=paths))
+
 def test_a_predictor_looks_through_the_trained_backbone(seen, pictures, tmp_path):
     from hiermetric.predictor import Predictor
     f = extract(pictures, seen.model.backbone, engine='eager', progress=False)
@@ -674,3 +692,22 @@ def test_job_scripts_are_sound(script):
 def test_gpu_same_seed_same_weights():
     a, b = (fit(TOY, 'arcface', **QUICK, device='cuda') for _ in range(2))
     assert same(weights(a), weights(b)) and a.settings['precision'] == 'bf16'
+
+
+# beginning with another run
+
+def test_start_takes_over_all_below_the_head(straight, tmp_path):
+    "Another head on the embedding of a run, from memory and from its folder alike; another beginning is another run"
+    kw = QUICK | dict(epochs=1, lr=1e-9, weight_decay=0.)
+    a = fit(TOY, 'classifier', **kw, start=straight); old = straight.model.embedding.state_dict()
+    for k, v in a.model.embedding.state_dict().items(): assert torch.allclose(v, old[k], atol=1e-6)
+    assert not torch.allclose(fit(TOY, 'classifier', **kw).model.embedding.state_dict()['layers.1.weight'], old['layers.1.weight'], atol=1e-3)
+    fit(TOY, 'arcface', **QUICK, out=tmp_path/'first'); b = fit(TOY, 'classifier', **kw, start=tmp_path/'first', out=tmp_path/'second')
+    assert same(weights(a), weights(b)) and b.settings['start'] == a.settings['start'] and isinstance(b.settings['start'], str)
+    assert same(weights(fit(TOY, 'classifier', **kw, start=tmp_path/'first'/'model', out=tmp_path/'second')), weights(b))
+    with pytest.raises(HiermetricError, match='other settings: start'): fit(TOY, 'classifier', **kw, out=tmp_path/'second')
+
+def test_start_refuses_what_does_not_fit(straight, tmp_path):
+    with pytest.raises(HiermetricError, match='embedding of that one: they differ in layers.1'): fit(TOY, 'classifier', **QUICK | dict(embed_dim=16), start=straight)
+    with pytest.raises(HiermetricError, match='layers.2.* not there'): fit(TOY, 'classifier', **QUICK, embed_kw=dict(norm='batch'), start=straight)
+    with pytest.raises(HiermetricError, match='no model'): fit(TOY, 'classifier', **QUICK, start=tmp_path)
