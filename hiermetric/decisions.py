@@ -63,7 +63,7 @@ class Rule:
     def _check_fitted(self):
         if self.tax is None: raise HiermetricError(f"{type(self).__name__} has not been fitted; call `rule.fit(node_probs, targets, tax)` with validation data first.")
 
-# %% ../nbs/11_decisions.ipynb #1d18ff2a
+# %% ../nbs/11_decisions.ipynb #53970e67
 _rules = Registry('rule',
     argmax=('hiermetric.decisions.Argmax', 'the most likely leaf'),
     crm=('hiermetric.decisions.CRM', 'the leaf of least expected LCA height'),
@@ -74,7 +74,8 @@ _rules = Registry('rule',
     maxinfo=('hiermetric.decisions.MaxInfo', 'the most informative node that is sure enough'),
     expected_cost=('hiermetric.decisions.ExpectedCost', 'the node of least expected LCA height, vagueness priced'),
     guarantee=('hiermetric.decisions.Guarantee', 'back off until the wanted share of answers is right, by calibration'),
-    conformal_set=('hiermetric.decisions.ConformalSet', 'a set of leaves that holds the truth as often as wanted, and the node above it'))
+    conformal_set=('hiermetric.decisions.ConformalSet', 'a set of leaves that holds the truth as often as wanted, and the node above it'),
+    rank_flags=('hiermetric.multitask.RankFlags', 'down to the most likely leaf, until a node is less probable than it is for its own'))
 
 def create_rule(
     name:str, # a name of `list_rules()`

@@ -252,7 +252,7 @@ class EmbeddingNet(nn.Module):
         x = power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power)
         return self.layers(x) if self.short is None else self.layers(x) + F.dropout(self.short(x.flatten(1)), self.dropout, self.training)
 
-# %% ../nbs/05_heads.ipynb #97e534ae
+# %% ../nbs/05_heads.ipynb #42dddaf1
 HEADS = Registry('head',
     classifier=('hiermetric.heads.Classifier', 'linear layer + softmax over the leaves, cross-entropy: the baseline'),
     arcface=('hiermetric.aam.ArcFace', 'additive angular margin, s·cos(θ + m) for the true class'),
@@ -278,6 +278,11 @@ HEADS = Registry('head',
     kernel_ridge=('hiermetric.committee.KernelRidge', 'kernel ridge regression on the classes; closed form'),
     committee=('hiermetric.committee.Committee', 'softmax, ArcFace, Gaussians and kernel side by side, probabilities mixed'),
     metric=('hiermetric.pairs.MetricHead', 'a loss on pairs or proxies, by name; leaves by their class means'),
+    diva=('hiermetric.multitask.DiVA', 'four embeddings: for classes, across classes, inside classes, of single images'),
+    divide_conquer=('hiermetric.multitask.DivideConquer', 'an embedding for each cluster of the images, clustered again as it learns'),
+    bier=('hiermetric.multitask.BIER', 'boosted embeddings of rising size, each for what those before it got wrong'),
+    sndl=('hiermetric.multitask.SNDL', 'one embedding: neighbours in a memory of all images, and a classifier'),
+    partial_margin=('hiermetric.multitask.PartialMargin', 'combined margin over a random share of the classes, for very many of them'),
 )
 
 def list_heads()->'pandas.DataFrame': # indexed by name, one line each
