@@ -1,9 +1,9 @@
 "Retrieval against slow loops and against pytorch-metric-learning; the index killed, mapped, taken from; faiss beside torch; the protocol's intervals."
-import itertools, json, math, os, subprocess, sys
+import itertools, math, os, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score   # noqa: F401
+from sklearn.metrics import normalized_mutual_info_score
 from hiermetric.core import HiermetricError
 from hiermetric.metrics import rank_accuracy
 from hiermetric.retrieval import (DISTANCES, VOTES, Index, Neighbours, Protocol, at_rank, evaluate_retrieval, graded_scores, ideal_gains, kmeans, neighbours, nmi, ranking_scores,
