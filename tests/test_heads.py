@@ -146,7 +146,7 @@ def test_bad_batches(name, call, message):
     (lambda: create_head('classifier', D, TAX, class_weights=[1]*5), 'Class weights must be 6 finite numbers, none below 0, in the order of tax.leaves; got shape (5,).'),
     (lambda: create_head('classifier', D, TAX, class_weights=[1]*5 + [-1]), 'none below 0'),
     (lambda: create_head('classifier', D, TAX, class_weights=[1]*5 + [math.nan]), 'finite'),
-    (lambda: EmbeddingNet(4, 4, 'devnett'), "There is no embedding 'devnett'; there are devnet, mlp, linear, none. Did you mean 'devnet'?"),
+    (lambda: EmbeddingNet(4, 4, 'devnett'), "There is no embedding 'devnett'; there are devnet, mlp, linear, skip, none. Did you mean 'devnet'?"),
     (lambda: EmbeddingNet(4, 4, norm='layer'), "There is no norm 'layer'"),
     (lambda: EmbeddingNet(4, 4)(torch.zeros(3, 5)), 'Features of shape (3, 5) do not fit an embedding of 4 features.'),
     (lambda: EmbeddingNet(4, 4)(torch.zeros(4)), 'Features of shape (4,) do not fit an embedding of 4 features.'),
