@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['METHODS', 'toward_vector', 'toward_node', 'class_prototypes', 'to_picture', 'Explainer', 'plot_heat', 'path_maps',
-           'plot_path', 'sanity_check', 'umap_layout', 'lift', 'embedding_map', 'neighbours', 'plot_neighbours',
-           'pair_distances', 'overlap', 'plot_densities', 'prototype_linkage', 'cophenetic_correlation',
-           'plot_tanglegram']
+           'plot_path', 'sanity_check', 'umap_layout', 'lift', 'embedding_map', 'plot_neighbours', 'pair_distances',
+           'overlap', 'plot_densities', 'prototype_linkage', 'cophenetic_correlation', 'plot_tanglegram']
 
 # %% ../nbs/17_explain.ipynb #0c08d7d0
 def toward_vector(
@@ -444,29 +443,11 @@ def _thumbs(images:Sequence[Any]|None, split:np.ndarray, most:int, side:int, see
     rows = [o for g in groups for o in rng.permutation(np.flatnonzero(split == g))[:most//len(groups)]]
     return {str(i): _thumb(images[i], side) for i in rows}
 
-# %% ../nbs/17_explain.ipynb #8861336b
-@torch.no_grad()
-def neighbours(
-    queries:Tensor, # (Q, D)
-    gallery:Tensor, # (n, D)
-    k:int=8, # K
-    same:bool=False, # the queries are the gallery: nobody is their own neighbour
-    block:int=1024, # queries at a time
-)->tuple[np.ndarray,np.ndarray]: # (Q, K) rows of the gallery, the nearest first; their cosines
-    "The nearest by cosine, by comparing with all"
-    if k + same > len(gallery): raise HiermetricError(f"{k} neighbours are asked for, of {len(gallery) - same}; lower k.")
-    g, out = unit(torch.as_tensor(gallery).float()).T, []
-    for start in range(0, len(queries), block):
-        c = unit(torch.as_tensor(queries[start:start + block]).float())@g
-        if same: c[torch.arange(len(c)), torch.arange(start, start + len(c))] = -math.inf
-        out.append(c.topk(k, 1))
-    return (torch.cat([o.indices for o in out]).numpy(), torch.cat([o.values for o in out]).numpy()) if out else (np.zeros((0, k), int), np.zeros((0, k), np.float32))
-
 # %% ../nbs/17_explain.ipynb #7c201585
 def plot_neighbours(
     queries:Sequence[Any], # Q pictures
     gallery:Sequence[Any], # n pictures
-    nearest:np.ndarray, # (Q, K) rows of the gallery
+    nearest:Tensor|np.ndarray, # (Q, K) rows of the gallery, of `Neighbours` for example
     query_targets:np.ndarray, # (Q,) node ids
     gallery_targets:np.ndarray, # (n,)
     tax:Taxonomy,
@@ -477,7 +458,9 @@ def plot_neighbours(
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
-    Q, K = nearest.shape; q, near = np.asarray(query_targets), np.asarray(gallery_targets)[nearest]
+    nearest = np.asarray(nearest); Q, K = nearest.shape
+    if (nearest < 0).any(): raise HiermetricError(f"{K} neighbours are asked for, of {(nearest >= 0).sum(1).min()}; lower k.")
+    q, near = np.asarray(query_targets), np.asarray(gallery_targets)[nearest]
     off = tax.lca_height(q[:, None], near); top = max(int(off.max()), 1)
     paint = LinearSegmentedColormap.from_list('off', ['#1a9850', '#d9c826', '#e8731c', '#a50026', '#400010'])(np.linspace(0, 1, top + 1))
     fig, axes = plt.subplots(Q, K + 1, figsize=(side*(K + 1.5), side*1.28*Q), squeeze=False, layout='constrained')

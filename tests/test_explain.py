@@ -7,8 +7,9 @@ from scipy.cluster.hierarchy import cophenet, linkage
 from torch import nn
 from hiermetric.backbones import Backbone, Transform, create_backbone
 from hiermetric.core import HiermetricError
-from hiermetric.explain import METHODS, Explainer, class_prototypes, cophenetic_correlation, embedding_map, lift, neighbours, overlap, pair_distances, path_maps, plot_neighbours, plot_path, plot_tanglegram, prototype_linkage, sanity_check, to_picture, toward_node, umap_layout
+from hiermetric.explain import METHODS, Explainer, class_prototypes, cophenetic_correlation, embedding_map, lift, overlap, pair_distances, path_maps, plot_neighbours, plot_path, plot_tanglegram, prototype_linkage, sanity_check, to_picture, toward_node, umap_layout
 from hiermetric.heads import Classifier, EmbeddingNet, Encoder, Model, create_head
+from hiermetric.retrieval import neighbours
 from hiermetric.taxonomy import Taxonomy
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -182,10 +183,10 @@ def test_sanity_check_forgets():
 
 def test_neighbours_against_sorting():
     g, q = torch.randn(50, 6), torch.randn(9, 6)
-    i, c = neighbours(q, g, 5, block=4)
+    near = neighbours(q, g, 5); i, c = near.rows.numpy(), 1 - near.distances.numpy()
     cos = np.array([[float(a@b/(a.norm()*b.norm())) for b in g] for a in q])
     assert np.array_equal(i, np.argsort(-cos, 1)[:, :5]) and np.allclose(c, -np.sort(-cos, 1)[:, :5], atol=1e-5)
-    assert (neighbours(g, g, 3, same=True)[0] != np.arange(50)[:, None]).all() and neighbours(q[:0], g, 3)[0].shape == (0, 3)
+    assert (neighbours(g, g, 3, own=True).rows.numpy() != np.arange(50)[:, None]).all() and neighbours(q[:0], g, 3).rows.shape == (0, 3)
 
 def test_pairs_are_what_they_say():
     rng = np.random.default_rng(0); t = rng.choice(TAX.leaves, 60, p=[.4, .3, .15, .1, .05]); t[:1] = TAX.index('owl')
