@@ -14,21 +14,21 @@ from fastcore.basics import patch
 from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
 from .features import Features
-from .heads import EmbeddingNet, LeafHead, check_embeddings, label_nll, subtree_nll
+from .heads import EmbeddingNet, check_embeddings, label_nll, subtree_nll
 from .aam import CombinedMargin, unit
 from .metrics import check_node_probs, check_targets
 from .decisions import Rule, _deepest, _path
 from .paths import root_path
 from .unseen import known_ancestor
-from .pairs import BoostedDeviance, Decorrelation, MetricHead, NeighbourNCA, PairLoss, check_labels, class_means, create_loss, create_miner, draw, mean_above_zero, relation
+from .pairs import BoostedDeviance, ClassMeans, Decorrelation, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, mean_above_zero, relation
 
 # %% auto #0
-__all__ = ['MultiTask', 'compare', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'kmeans', 'match_clusters',
+__all__ = ['MultiTask', 'mined_loss', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'kmeans', 'match_clusters',
            'DivideConquer', 'BIER', 'SNDL', 'read_multi_hot', 'PartialMargin', 'pseudo_classes', 'join_modalities',
            'RankFlags', 'rank_report']
 
 # %% ../nbs/13_multitask.ipynb #ac031252
-class MultiTask(MetricHead):
+class MultiTask(ClassMeans):
     "Several small embeddings of the same features, @eq-parts; a subclass defines `tasks(parts, targets, x)`"
     embedding = 'none'
     def __init__(self,
@@ -42,10 +42,8 @@ class MultiTask(MetricHead):
         momentum:float=0.9, # of the running class means
     ):
         self.check_parts(sizes, weights)
-        LeafHead.__init__(self, in_features, taxonomy)   # the class means of `MetricHead`, without its one loss
+        super().__init__(in_features, taxonomy, sum(sizes), 'cosine', momentum)
         self.block, self.dropout, self.paths, self.sizes = block, float(dropout), paths, [int(o) for o in sizes]
-        self.distance, self.momentum = 'cosine', momentum
-        for name, o in dict(weight=torch.zeros(taxonomy.n_leaves, sum(sizes)), count=torch.zeros(taxonomy.n_leaves), scale=torch.tensor(16.)).items(): self.register_buffer(name, o)
         self.project = EmbeddingNet(in_features, sum(sizes), kind=block, dropout=dropout)
         w = torch.ones(len(sizes)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         self.register_buffer('shares', w/w.sum(), persistent=False)
@@ -96,20 +94,10 @@ def loss(self:MultiTask,
 @patch
 def prepare(self:MultiTask, emb:Tensor, targets:Tensor)->None:
     "The losses see the labels of the training split"
-    if self.paths: targets = self.taxonomy.multi_hot(targets)[:, 1:]
-    for o in self.modules():
-        if isinstance(o, PairLoss): o.prepare(targets)
-
-@patch
-def conclude(self:MultiTask, emb:Tensor, targets:Tensor)->None:
-    "Exact means"
-    mean, n = class_means(self.represent(emb), targets, self.taxonomy)
-    self.weight.copy_(mean); self.count.copy_(n)
-    for o in self.modules():
-        if isinstance(o, PairLoss): o.conclude()
+    ClassMeans.prepare(self, emb, self.taxonomy.multi_hot(targets)[:, 1:] if self.paths else targets)
 
 # %% ../nbs/13_multitask.ipynb #9a0a6982
-def compare(
+def mined_loss(
     criterion:PairLoss, # of `create_loss`
     miner:Callable|None, # of `create_miner`; None: all pairs
     x:Tensor, # (B, D) one part
@@ -191,8 +179,8 @@ def tasks(self:DiVA,
 )->Tensor: # scalar
     "@eq-diva"
     first, across, inside, single = parts
-    loss = compare(self.criteria[0], self.find, first, targets)
-    if self.shared: loss = loss + self.shared*compare(self.criteria[1], self.find, across, targets[torch.randperm(len(targets), device=x.device)])
+    loss = mined_loss(self.criteria[0], self.find, first, targets)
+    if self.shared: loss = loss + self.shared*mined_loss(self.criteria[1], self.find, across, targets[torch.randperm(len(targets), device=x.device)])
     if self.intra: loss = loss + self.intra*triplet_loss(inside, intra_triplets(targets, self.taxonomy))
     if self.single: loss = loss + self.single*instance_loss(single, self.split(x)[3], self.rows, self.temperature)
     if self.decorrelate: loss = loss + self.decorrelate*sum(o([part, first]) for o, part in zip(self.adversaries, parts[1:]))
@@ -279,10 +267,10 @@ def tasks(self:DivideConquer,
     x:Tensor, # (B, F) not looked at
 )->Tensor: # scalar
     "@eq-match; without rows or clusters every learner sees the whole batch"
-    if self.conquer is not None and self.epoch >= self.conquer: return compare(self.criteria[-1], self.find, self.join(parts), targets, self.rows)
+    if self.conquer is not None and self.epoch >= self.conquer: return mined_loss(self.criteria[-1], self.find, self.join(parts), targets, self.rows)
     whose = None if self.rows is None or not len(self.cluster) else self.cluster[self.rows]
     mine = [torch.ones(len(x), dtype=torch.bool, device=x.device) if whose is None else (whose == k) | (whose < 0) for k in range(self.learners)]
-    return sum(compare(o, self.find, part[i], targets[i], None if self.rows is None else self.rows[i]) for o, part, i in zip(self.criteria, parts, mine))/self.learners
+    return sum(mined_loss(o, self.find, part[i], targets[i], None if self.rows is None else self.rows[i]) for o, part, i in zip(self.criteria, parts, mine))/self.learners
 
 # %% ../nbs/13_multitask.ipynb #eb5ffba3
 class BIER(MultiTask):

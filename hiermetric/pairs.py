@@ -26,7 +26,7 @@ __all__ = ['DISTANCES', 'GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', '
            'as_triplets', 'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets',
            'nearest_at', 'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'Decorrelation', 'NeighbourNCA',
            'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard', 'create_loss',
-           'create_miner', 'MetricHead', 'class_means']
+           'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
 
 # %% ../nbs/13_pairs.ipynb #25e35739
 def relation(
@@ -739,54 +739,26 @@ def create_miner(
     "A miner by name"
     return MINERS.taking(name, kw, given=('taxonomy', 'distance'))(taxonomy=taxonomy, distance=choice('distance', distance, DISTANCES), **kw)
 
-# %% ../nbs/13_pairs.ipynb #08d105da
-class MetricHead(LeafHead):
-    "A loss on pairs or proxies, by name; leaves by their means, @eq-means"
+# %% ../nbs/13_pairs.ipynb #21e8ad3a
+class ClassMeans(LeafHead):
+    "Leaves by the means of their images, @eq-means; a subclass defines `represent` and a `loss` that calls `follow` in training"
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves, N nodes
-        loss:str='multi_similarity', # one of `LOSSES`
-        loss_kw:dict|None=None, # its settings
-        miner:str|None=None, # one of `MINERS`; None: all pairs
-        miner_kw:dict|None=None, # its settings
-        distance:str|None=None, # 'cosine' or 'euclidean'; None: what the loss was made for
+        dim:int, # D' of `represent`
+        distance:str='cosine', # one of `DISTANCES`
         momentum:float=0.9, # of the running means: what stays of the old one
     ):
         super().__init__(in_features, taxonomy)
         if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
-        self.settings = dict(in_features=in_features, loss=loss, loss_kw=loss_kw, miner=miner, miner_kw=miner_kw, distance=distance, momentum=momentum)
-        self.criterion = create_loss(loss, taxonomy, in_features, **loss_kw or {}, **{} if distance is None else {'distance': distance})
-        self.distance, self.momentum = self.criterion.distance, momentum
-        self.miner = None if miner is None else create_miner(miner, taxonomy, self.distance, **miner_kw or {})
-        if miner and (self.criterion.takes == 'none' or self.criterion.takes == 'plain' and not self.miner.plain):
-            raise HiermetricError(f"The loss {loss!r} {'looks at no pairs, so it takes no miner' if self.criterion.takes == 'none' else f'knows only same and different, and the miner {miner!r} finds triplets of another kind'}; leave the miner out, or choose another.")
-        dim = self.criterion.represent(torch.zeros(1, in_features)).shape[1]
+        self.distance, self.momentum = distance, momentum
         self.register_buffer('weight', torch.zeros(taxonomy.n_leaves, dim))
         self.register_buffer('count', torch.zeros(taxonomy.n_leaves))
-        self.register_buffer('scale', torch.tensor(16. if self.distance == 'cosine' else 8.))
+        self.register_buffer('scale', torch.tensor(16. if distance == 'cosine' else 8.))
 
-    def represent(self, emb:Tensor)->Tensor: return self.criterion.represent(self.full(emb))
-    def prepare(self, emb:Tensor, targets:Tensor)->None: self.criterion.prepare(targets)
-
-# %% ../nbs/13_pairs.ipynb #d4f027ad
+# %% ../nbs/13_pairs.ipynb #c6c71023
 @patch
-def loss(self:MetricHead,
-    emb:Tensor, # (B, D)
-    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
-)->Tensor: # scalar; 0 for a batch that teaches nothing
-    "The loss on what the miner finds; in training the class means follow"
-    targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
-    targets, rows = targets.long(), self.rows
-    with torch.autocast(emb.device.type, enabled=False):
-        emb = self.full(emb)
-        with torch.no_grad():
-            x = self.represent(emb)
-            if self.training: self.follow(x, targets)
-            found = self.miner(x, targets) if self.miner is not None and len(x) else None
-        return self.criterion(emb, targets, found, rows)
-
-@patch
-def follow(self:MetricHead,
+def follow(self:ClassMeans,
     x:Tensor, # (B, D') of `represent`
     targets:Tensor, # (B,) node ids
 )->None:
@@ -809,7 +781,7 @@ def class_means(
 
 # %% ../nbs/13_pairs.ipynb #937a5067
 @patch
-def logits(self:MetricHead,
+def logits(self:ClassMeans,
     emb:Tensor, # (B, D) float32 or better
 )->Tensor: # (B, L)
     "−s times the distance to each mean; for a leaf without one, the lowest of the row"
@@ -819,16 +791,27 @@ def logits(self:MetricHead,
     return torch.where(seen, z, torch.where(seen.any(), lowest, 0.))
 
 @patch
-def conclude(self:MetricHead,
+def prepare(self:ClassMeans,
+    emb:Tensor, # not looked at
+    targets:Tensor, # (n,) of the training split, as the losses take them
+)->None:
+    "The losses see the labels of the training split"
+    for o in self.modules():
+        if isinstance(o, PairLoss): o.prepare(targets)
+
+@patch
+def conclude(self:ClassMeans,
     emb:Tensor, # (n, D) of the training split
     targets:Tensor, # (n,) node ids
 )->None:
-    "Exact means"
+    "Exact means; the losses have seen enough"
     mean, n = class_means(self.represent(emb), targets, self.taxonomy)
-    self.weight.copy_(mean); self.count.copy_(n); self.criterion.conclude()
+    self.weight.copy_(mean); self.count.copy_(n)
+    for o in self.modules():
+        if isinstance(o, PairLoss): o.conclude()
 
 @patch
-def calibrate(self:MetricHead,
+def calibrate(self:ClassMeans,
     emb:Tensor, # (m, D) of the validation split
     targets:Tensor, # (m,) node ids, leaves or not
 )->None:
@@ -838,3 +821,42 @@ def calibrate(self:MetricHead,
     column, under = self.labels(targets)
     nll = lambda log_s: float(label_nll(math.exp(log_s)*z, column, under).mean())
     self.scale.fill_(math.exp(minimize_scalar(nll, bounds=(-3, 7), method='bounded').x))
+
+# %% ../nbs/13_pairs.ipynb #08d105da
+class MetricHead(ClassMeans):
+    "A loss on pairs or proxies, by name; leaves by their means, @eq-means"
+    def __init__(self,
+        in_features:int, # D
+        taxonomy:Taxonomy, # L leaves, N nodes
+        loss:str='multi_similarity', # one of `LOSSES`
+        loss_kw:dict|None=None, # its settings
+        miner:str|None=None, # one of `MINERS`; None: all pairs
+        miner_kw:dict|None=None, # its settings
+        distance:str|None=None, # 'cosine' or 'euclidean'; None: what the loss was made for
+        momentum:float=0.9, # of the running means: what stays of the old one
+    ):
+        criterion = create_loss(loss, taxonomy, in_features, **loss_kw or {}, **{} if distance is None else {'distance': distance})
+        super().__init__(in_features, taxonomy, criterion.represent(torch.zeros(1, in_features)).shape[1], criterion.distance, momentum)
+        self.settings = dict(in_features=in_features, loss=loss, loss_kw=loss_kw, miner=miner, miner_kw=miner_kw, distance=distance, momentum=momentum)
+        self.criterion, self.miner = criterion, None if miner is None else create_miner(miner, taxonomy, self.distance, **miner_kw or {})
+        if miner and (self.criterion.takes == 'none' or self.criterion.takes == 'plain' and not self.miner.plain):
+            raise HiermetricError(f"The loss {loss!r} {'looks at no pairs, so it takes no miner' if self.criterion.takes == 'none' else f'knows only same and different, and the miner {miner!r} finds triplets of another kind'}; leave the miner out, or choose another.")
+
+    def represent(self, emb:Tensor)->Tensor: return self.criterion.represent(self.full(emb))
+
+# %% ../nbs/13_pairs.ipynb #d4f027ad
+@patch
+def loss(self:MetricHead,
+    emb:Tensor, # (B, D)
+    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
+)->Tensor: # scalar; 0 for a batch that teaches nothing
+    "The loss on what the miner finds; in training the class means follow"
+    targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
+    targets, rows = targets.long(), self.rows
+    with torch.autocast(emb.device.type, enabled=False):
+        emb = self.full(emb)
+        with torch.no_grad():
+            x = self.represent(emb)
+            if self.training: self.follow(x, targets)
+            found = self.miner(x, targets) if self.miner is not None and len(x) else None
+        return self.criterion(emb, targets, found, rows)

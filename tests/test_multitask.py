@@ -295,8 +295,8 @@ def test_clusters_are_made_anew_and_keep_their_numbers():
     x, t = X[:60], T[:60]; head.rows = torch.arange(60); head.train()
     head.loss(x, t).backward(); whose = head.cluster[:60]
     x = x.clone().requires_grad_(); head.zero_grad(); parts = head.split(x)
-    from hiermetric.multitask import compare
-    compare(head.criteria[1], head.find, parts[1][whose == 1], t[whose == 1]).backward()
+    from hiermetric.multitask import mined_loss
+    mined_loss(head.criteria[1], head.find, parts[1][whose == 1], t[whose == 1]).backward()
     assert (x.grad[whose != 1] == 0).all() and x.grad[whose == 1].abs().sum() > 0
     head.conclude(X, T); assert not len(head.cluster)
 
