@@ -6,14 +6,16 @@ On whatever device there is. The limits are measured in the same run: the rate o
 A row is a training step (forward, backward, AdamW) on data that lie ready; `of matrix rate` is the share of the limit that its
 multiplications reach (forward as counted by torch, additions included, and twice that backward where it learns), `of copy rate` the share that reading and writing weights, gradients and
 AdamW's two moments alone take: near 1 the step cannot be faster, far below both it is calls and not arithmetic that cost.
+Whole networks learn with the memory they free kept for the next step, as `fit` does it on a CPU, and, for comparison, with it handed back to the kernel.
 Medians over all steps within the given seconds. The committed figures are of two CPU cores."""
 import argparse, os, statistics, time
+from contextlib import nullcontext
 from pathlib import Path
 import pandas as pd, torch
 from torch.utils.flop_counter import FlopCounterMode
 from hiermetric.heads import EmbeddingNet, Encoder, Model, create_head
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import create_optimizer, make_accelerator, parameter_groups
+from hiermetric.training import create_optimizer, kept_memory, make_accelerator, parameter_groups
 
 def typical(f, device:torch.device, seconds:float)->float:
     "Median seconds of a call, after two that warm up"
@@ -60,10 +62,10 @@ def main():
         print(' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in list(rows[-1].items())[:7]), flush=True)
     tree = Taxonomy.from_paths({f'species {i}': f'family {i//40}/genus {i//5}' for i in range(200)}); batch = 256 if acc.device.type == 'cuda' else 64
     for net, size in (('efficientnet_lite0', 96), ('efficientnet_lite0', 224), ('resnet18', 96)):
-        for frozen in (False, True):
+        for how, frozen, memory in ((', memory handed back', False, nullcontext), ('', False, kept_memory), (', backbone frozen', True, kept_memory)):
             encoder = Encoder(net, size, pretrained=False, channels_last=True); encoder.requires_grad_(not frozen)
             model = Model(EmbeddingNet(encoder.out_features, 512, kind='linear'), create_head('arcface', in_features=512, taxonomy=tree), encoder)
-            note(f"{net}, {size} px{', backbone frozen' if frozen else ''}", batch, step(model, (torch.randint(256, (batch, 3, size, size), dtype=torch.uint8),), torch.tensor(tree.leaves)[torch.randint(200, (batch,))].long(), acc, a.seconds))
+            with memory(acc.device): note(f"{net}, {size} px{how}", batch, step(model, (torch.randint(256, (batch, 3, size, size), dtype=torch.uint8),), torch.tensor(tree.leaves)[torch.randint(200, (batch,))].long(), acc, a.seconds))
     for leaves in (200, 5000):
         tree = Taxonomy.from_paths({f'species {i}': f'family {i//40}/genus {i//5}' for i in range(leaves)}); t = torch.tensor(tree.leaves)[torch.randint(leaves, (256,))].long()
         for head in ('classifier', 'arcface', 'hace', 'sphere_multi', 'sphere_hier', 'arcface_levels', 'path_softmax'):

@@ -15,6 +15,7 @@ from scipy.special import betainc
 from torch import Tensor
 from torch.nn import functional as F
 from .core import HiermetricError, Registry, choice
+from .paths import leaf_counts
 from .metrics import _rows, calibration_bins, check_node_probs, check_targets, expected_calibration_error, leaf_distribution, negative_log_likelihood, per_sample
 from .sphere import _max_into, path_sums, path_targets, sibling_log_softmax
 from .taxonomy import Taxonomy, _over_path, _over_subtree
@@ -22,8 +23,8 @@ from .taxonomy import Taxonomy, _over_path, _over_subtree
 # %% auto #0
 __all__ = ['Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE', 'TopDown', 'BackOff',
            'Threshold', 'Climb', 'MaxInfo', 'ExpectedCost', 'temper', 'Calibration', 'TemperatureScaling',
-           'LevelTemperatures', 'NodeIsotonic', 'rank_confidence', 'rank_calibration', 'plot_reliability',
-           'bits_per_mistake', 'Guarantee', 'class_ratios', 'ConformalSet']
+           'LevelTemperatures', 'NodeIsotonic', 'adjust_prior', 'rank_confidence', 'rank_calibration',
+           'plot_reliability', 'bits_per_mistake', 'Guarantee', 'class_ratios', 'ConformalSet']
 
 # %% ../nbs/11_decisions.ipynb #c8ab6941
 class Rule:
@@ -352,6 +353,19 @@ class NodeIsotonic(Calibration):
         x = _log_conditionals(p, self.tax).exp().cpu().numpy(); y = np.empty_like(x)
         for d, (at, to) in enumerate(self.knots, 1): cols = self.tax.depths[1:] == d; y[:,cols] = np.interp(x[:,cols], at, to)
         return _from_conditionals(sibling_log_softmax(torch.as_tensor(y, device=p.device).log(), self.tax), self.tax)
+
+# %% ../nbs/11_decisions.ipynb #24002f44
+def adjust_prior(
+    node_probs:Tensor|np.ndarray, # (B, N)
+    targets:Tensor|np.ndarray, # (n,) node ids of the training images
+    tax:Taxonomy, # tree over the N nodes
+    tau:float=1., # 0 changes nothing, 1 treats all classes alike
+)->Tensor|np.ndarray: # (B, N) coherent, of the type that was given
+    "Node probabilities as though the classes were less unlike in number, @eq-prior; raises `HiermetricError` for what is no probability, no node, or a negative tau"
+    if not 0 <= tau < math.inf: raise HiermetricError(f"tau must be a number of at least 0, not {tau}; 1 treats all classes alike.")
+    p, n = check_node_probs(node_probs, tax), leaf_counts(torch.as_tensor(check_targets(targets, tax)), tax).clamp_min(1).to(node_probs.device if isinstance(node_probs, Tensor) else 'cpu')
+    out = torch.cat([tax.node_probs((leaf_distribution(p[o], tax).double().log() - tau*n.log()).softmax(1)).to(p.dtype) for o in _rows(*p.shape)]) if len(p) else p
+    return out if isinstance(node_probs, Tensor) else out.numpy()
 
 # %% ../nbs/11_decisions.ipynb #218676dc
 def rank_confidence(

@@ -21,9 +21,10 @@ from .decisions import Rule, _deepest, _path
 from .paths import root_path
 from .unseen import known_ancestor
 from .pairs import BoostedDeviance, ClassMeans, Decorrelation, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, mean_above_zero, relation
+from .retrieval import kmeans, neighbours
 
 # %% auto #0
-__all__ = ['MultiTask', 'mined_loss', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'kmeans', 'match_clusters',
+__all__ = ['MultiTask', 'mined_loss', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'match_clusters',
            'DivideConquer', 'BIER', 'SNDL', 'read_multi_hot', 'PartialMargin', 'pseudo_classes', 'join_modalities',
            'RankFlags', 'rank_report']
 
@@ -186,22 +187,6 @@ def tasks(self:DiVA,
     if self.decorrelate: loss = loss + self.decorrelate*sum(o([part, first]) for o, part in zip(self.adversaries, parts[1:]))
     return loss
 
-# %% ../nbs/13_multitask.ipynb #c24966b8
-def kmeans(
-    x:Tensor, # (n, D) vectors; only their directions count
-    k:int, # clusters
-    seed:int=0,
-    iters:int=20,
-)->tuple[Tensor, Tensor]: # (k, D) unit vectors, the centres; (n,) int64, the cluster of each row
-    "Spherical k-means by faiss, over all rows; twice the same from the same seed"
-    import faiss
-    if not 1 <= k <= len(x): raise HiermetricError(f"{len(x)} vectors cannot make {k} clusters; there must be at least 1 cluster and no more than vectors.")
-    if not x.isfinite().all(): raise HiermetricError("Vectors with NaN or infinity cannot be clustered; check the features, or lower the learning rate.")
-    v = unit(x.detach().float()).cpu().contiguous().numpy()
-    search = faiss.Kmeans(v.shape[1], k, niter=iters, seed=seed % 2**31, spherical=True, min_points_per_centroid=1, max_points_per_centroid=len(v))
-    search.train(v)
-    return torch.from_numpy(search.centroids).to(x.device), torch.from_numpy(search.index.search(v, 1)[1][:, 0]).to(x.device)
-
 # %% ../nbs/13_multitask.ipynb #3635e846
 def match_clusters(
     before:Tensor, # (n,) clusters, 0 to k−1
@@ -253,7 +238,7 @@ def refresh(self:DivideConquer,
     "Cluster, every few epochs"
     looks = int(self.looks); self.looks += 1
     if looks % self.every or (self.conquer is not None and looks >= self.conquer): return
-    now = kmeans(self.represent(emb), self.learners, seed=looks)[1]
+    now = kmeans(self.represent(emb), self.learners, 'cosine', seed=looks)[0].to(emb.device)
     self.cluster = match_clusters(self.cluster, now, self.learners) if looks else now
 
 @patch
@@ -394,8 +379,8 @@ def pseudo_classes(
     "Features whose classes are clusters"
     emb = torch.as_tensor(np.asarray(features.x if emb is None else emb, dtype=np.float32))
     if len(emb) != len(features): raise HiermetricError(f"There are {len(features)} rows of features and {len(emb)} embeddings to be clustered; give one a row, in the same order.")
-    centres, _ = kmeans(emb[torch.from_numpy(features.split == 'train')], k, seed, iters)
-    cluster = torch.cat([(unit(o)@centres.T).argmax(1) for o in emb.split(4096)])
+    centres = kmeans(emb[torch.from_numpy(features.split == 'train')], k, 'cosine', iters, seed)[1]
+    cluster = neighbours(emb, centres, 1).rows[:, 0]
     tax = Taxonomy.from_parents({f'cluster {i:0{len(str(k-1))}}': 'everything' for i in range(k)} | {'everything': None})
     return replace(features, targets=tax.leaves[cluster.numpy()], taxonomy=tax, meta=features.meta | {'clusters': k})
 

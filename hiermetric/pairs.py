@@ -17,14 +17,15 @@ from .core import HiermetricError, Registry, choice
 from .taxonomy import Taxonomy
 from .heads import LeafHead, check_targets, label_nll, prototypes
 from .aam import unit
+from .retrieval import DISTANCES
 
 # %% auto #0
-__all__ = ['DISTANCES', 'GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'check_labels', 'LibraryLoss',
-           'leaf_labels', 'known_pairs', 'triplet', 'contrastive', 'margin', 'first_bound', 'multi_similarity',
-           'supcon', 'ProxyNCA', 'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs',
-           'distance_weighted', 'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet',
-           'as_triplets', 'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets',
-           'nearest_at', 'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'Decorrelation', 'NeighbourNCA',
+__all__ = ['GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'check_labels', 'LibraryLoss', 'leaf_labels',
+           'known_pairs', 'triplet', 'contrastive', 'margin', 'first_bound', 'multi_similarity', 'supcon', 'ProxyNCA',
+           'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs', 'distance_weighted',
+           'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet', 'as_triplets',
+           'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets', 'nearest_at',
+           'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'Decorrelation', 'NeighbourNCA',
            'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard', 'create_loss',
            'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
 
@@ -40,8 +41,6 @@ def relation(
     return (u == v) & (last[u] == u), (last[u] < v) | (last[v] < u)
 
 # %% ../nbs/13_pairs.ipynb #a7a1a46e
-DISTANCES = ('cosine', 'euclidean')
-
 def distances(
     x:Tensor, # (B, D)
     y:Tensor, # (R, D)
@@ -554,17 +553,18 @@ class NeighbourNCA(PairLoss):
         super().__init__(in_features, taxonomy, distance, normalise)
         if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
         self.temperature, self.momentum, self.graded, self.by, self.power = temperature, momentum, graded, choice('grade', by, GRADES), power
-        self.register_buffer('memory', torch.zeros(0, in_features)); self.register_buffer('labels', torch.zeros(0, dtype=torch.int64)); self.register_buffer('known', torch.zeros(0, dtype=torch.bool))
+        self.register_buffer('memory', torch.zeros(0, in_features)); self.register_buffer('known', torch.zeros(0, dtype=torch.bool))
+        self.register_buffer('kinds', torch.zeros(0, dtype=torch.int64)); self.register_buffer('kind', torch.zeros(0, dtype=torch.int64))
 
     def prepare(self, targets:Tensor)->None: # (n,) node ids, or (n, C) multi-hot
         check_labels(targets, self.taxonomy, len(targets), True)
-        self.memory, self.labels = self.memory.new_zeros(len(targets), self.in_features), targets.clone()
-        self.known = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+        self.memory, self.known = self.memory.new_zeros(len(targets), self.in_features), torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+        self.kinds, self.kind = targets.unique(dim=0, return_inverse=True)   # labels that occur, and which of them an image has
 
-    def conclude(self)->None: self.prepare(self.labels[:0])
+    def conclude(self)->None: self.prepare(self.kinds[:0])
 
     def _load_from_state_dict(self, state:dict, prefix:str, *args)->None:
-        for k in ('memory', 'labels', 'known'):   # as long as what was saved
+        for k in ('memory', 'known', 'kinds', 'kind'):   # as long as what was saved
             if (o := state.get(prefix + k)) is not None: setattr(self, k, torch.empty_like(o, device=getattr(self, k).device))
         super()._load_from_state_dict(state, prefix, *args)
 
@@ -584,33 +584,35 @@ def remember(self:NeighbourNCA,
 
 @patch
 def between(self:NeighbourNCA, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
-    if rows is None: refs, labels, own, there = x, targets, torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    me = torch.arange(len(x), device=x.device)
+    if rows is None: refs, own, there, (kinds, kind) = x, me, torch.ones_like(me, dtype=torch.bool), targets.unique(dim=0, return_inverse=True)
     else:
         with torch.no_grad():
             if self.training: self.remember(x, rows)
-            refs, labels, own, there = self.memory.to(x.dtype).clone(), self.labels, rows, self.known
-    w, known = self.kinship(targets, labels)
-    known = known & there & (own[:, None] != torch.arange(len(refs), device=x.device))
-    z = -distances(x, refs, self.distance)/self.temperature
-    low = torch.finfo(z.dtype).min
-    log_w = torch.where(known & (w > 0), w.clamp_min(1e-12).log(), low)
-    each = z.masked_fill(~known, low).logsumexp(1) - (z + log_w).clamp_min(low).logsumexp(1)
-    some = (known & (w > 0)).any(1)
+            refs, own, there, kinds, kind = self.memory.to(x.dtype).clone(), rows, self.known, self.kinds, self.kind
+    z = -distances(refs, x, self.distance)/self.temperature   # (R, B)
+    low, top = z.detach().aminmax(dim=0)
+    if float((top - low).max()) > 80: z, top = z.double(), top.double()   # float32 would lose the far ones
+    z[own, me] = -math.inf
+    near = z.new_zeros(len(kinds), len(x)).index_add(0, kind[there], (z if there.all() else z[there]).sub(top).exp()).T   # (B, K)
+    w, known = self.kinship(targets, kinds)
+    others = (torch.bincount(kind[there], minlength=len(kinds)) - F.one_hot(kind[own], len(kinds))*there[own, None]) > 0
+    some, tiny = (known & others & (w > 0)).any(1), torch.finfo(z.dtype).tiny
+    each = (near*known).sum(1).clamp_min(tiny).log() - (near*(w*known)).sum(1).clamp_min(tiny).log()
     return torch.where(some, each, 0.).sum()/some.sum().clamp_min(1)
 
 @patch
 def kinship(self:NeighbourNCA,
     targets:Tensor, # (B,) node ids, or (B, C) multi-hot
-    labels:Tensor, # (n,) or (n, C)
-)->tuple[Tensor, Tensor]: # (B, n) weight of each image in memory, and whether it is known
-    "What the labels of the memory are to those of the batch; of node ids each is looked up once"
-    if targets.ndim == 2: return overlap(targets, labels), torch.ones(len(targets), len(labels), dtype=torch.bool, device=targets.device)
-    nodes, code = labels.unique(return_inverse=True)
+    kinds:Tensor, # (K,) or (K, C)
+)->tuple[Tensor, Tensor]: # (B, K) weight of the images with each label, and whether it is known
+    "What the labels of the memory are to those of the batch"
+    if targets.ndim == 2: return overlap(targets, kinds), torch.ones(len(targets), len(kinds), dtype=torch.bool, device=targets.device)
     if self.graded:
-        at_least, at_most = grades(targets, nodes, self.taxonomy, self.by)
-        return at_least.pow(self.power)[:, code], (at_least == at_most)[:, code]
-    same, different = relation(targets, nodes, self.taxonomy)
-    return same.float()[:, code], (same | different)[:, code]
+        at_least, at_most = grades(targets, kinds, self.taxonomy, self.by)
+        return at_least.pow(self.power), at_least == at_most
+    same, different = relation(targets, kinds, self.taxonomy)
+    return same.float(), same | different
 
 # %% ../nbs/13_pairs.ipynb #3782d501
 @torch.no_grad()

@@ -430,14 +430,15 @@ def ideal_gains(
 def kmeans(
     emb:Tensor|np.ndarray, # (n, D)
     k:int, # clusters
+    metric:str='euclidean', # one of `DISTANCES`; 'cosine' is spherical k-means: rows and centres have length 1
     iterations:int=20,
-    seed:int=1234,
-)->tuple[np.ndarray, np.ndarray]: # (n,) cluster of each row; (k, D) centres
-    "k-means, by faiss"
-    x = np.ascontiguousarray(_embeddings(emb, 'embeddings').numpy())
+    seed:int=1234, # faiss's own
+)->tuple[Tensor, Tensor]: # (n,) int64, cluster of each row; (k, D) centres
+    "k-means over all rows, by faiss; twice the same from the same seed"
+    x = _ready(emb, metric, 'embeddings')
     if not 1 <= k <= len(x): raise HiermetricError(f"{len(x)} images fall into 1 to {len(x)} clusters, not {k}.")
-    it = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1); it.train(x)
-    return _nearest(torch.from_numpy(x), it.centroids, 1, 'euclidean').rows[:, 0].numpy(), it.centroids
+    it = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed % 2**31, spherical=metric == 'cosine', min_points_per_centroid=1, max_points_per_centroid=len(x)); it.train(x.numpy())
+    return _nearest(x, it.centroids, 1, metric).rows[:, 0], torch.from_numpy(it.centroids)
 
 def nmi(
     a:np.ndarray, # (n,) labels of one kind
@@ -546,7 +547,7 @@ def evaluate_retrieval(
         rows[name] = {'images': int(d.iloc[:, 0].notna().sum())} | (d.mean() if average == 'images' else d.groupby(by).mean().mean()).to_dict()
         if clusters and name in place:
             x = _ready(queries, kwargs.get('metric', 'cosine'), 'queries')[torch.as_tensor(by >= 0)]; by = by[by >= 0]
-            rows[name]['nmi'] = nmi(kmeans(x, len(np.unique(by)))[0], by)
+            rows[name]['nmi'] = nmi(kmeans(x, len(np.unique(by)))[0].numpy(), by)
     return pd.DataFrame(rows).T.rename_axis('relevant')
 
 # %% ../nbs/13_retrieval.ipynb #f0ea8d6c

@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_training.ipynb #ca3fcff0
 from __future__ import annotations
-import copy, inspect, json, math, os, platform, subprocess, sys, time, warnings
+import copy, ctypes, inspect, json, math, os, platform, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,10 +28,10 @@ from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep', 'onecycle',
            'constant', 'create_schedule', 'stages', 'parameter_groups', 'create_optimizer', 'split_tensors',
-           'FeatureSource', 'image_size', 'decode_split', 'ImageSource', 'make_accelerator', 'set_training',
-           'ema_update', 'Trainer', 'predict', 'embeddings', 'checkpoint_due', 'csv_logger', 'json_logger',
-           'console_logger', 'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run', 'fit',
-           'check_identity']
+           'FeatureSource', 'image_size', 'decode_split', 'ImageSource', 'make_accelerator', 'kept_memory',
+           'set_training', 'ema_update', 'Trainer', 'predict', 'embeddings', 'checkpoint_due', 'csv_logger',
+           'json_logger', 'console_logger', 'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run',
+           'fit', 'check_identity']
 
 # %% ../nbs/14_training.ipynb #dff66f7e
 def toy_features(
@@ -365,6 +365,22 @@ def make_accelerator(
     if device is not None and not there.get(device): raise HiermetricError(f"This machine has no device {device!r}; it has {', '.join(k for k,v in there.items() if v)}.")
     on_gpu = device == 'cuda' or (device is None and there['cuda'])
     return Accelerator(cpu=device == 'cpu', mixed_precision=precision or ('bf16' if on_gpu else 'no'), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+
+# %% ../nbs/14_training.ipynb #396463bc
+@contextmanager
+def kept_memory(
+    device:torch.device,
+)->Iterator[None]:
+    "On a CPU under Linux, let the C library keep what is freed inside; elsewhere nothing happens"
+    if device.type != 'cpu' or platform.libc_ver()[0] != 'glibc':
+        yield
+        return
+    libc, (trim, mmap_from, mmaps) = ctypes.CDLL('libc.so.6'), (-1, -3, -4)   # mallopt(3)
+    libc.mallopt(mmaps, 0); libc.mallopt(trim, -1)
+    try: yield
+    finally:
+        for option, value in ((mmaps, 65536), (mmap_from, 2**25), (trim, 2**26)): libc.mallopt(option, value)   # where glibc's own adjustment ends
+        libc.malloc_trim(0)
 
 # %% ../nbs/14_training.ipynb #c7c56112
 def set_training(
@@ -945,7 +961,7 @@ def fit(
     if out: _open_folder(out, resume, trainer, provenance(data, cfg))
     listeners = [o if callable(o) else loggers[o](out, cfg, trainer.history) for o in log]
     try:
-        _loop(trainer, out, identity, listeners, every, progress)
+        with kept_memory(acc.device): _loop(trainer, out, identity, listeners, every, progress)
         return _finish(trainer, out, identity)
     finally:
         for tell, o in zip(listeners, log):

@@ -1,4 +1,4 @@
-"Shared and specific embeddings: clusters, partial softmax, flags and the multi-task heads against slow loops; resumption, degenerate batches, multi-hot labels."
+"Shared and specific embeddings: matched clusters, partial softmax, flags and the multi-task heads against slow loops; resumption, degenerate batches, multi-hot labels."
 import itertools, math
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -6,7 +6,8 @@ from hiermetric.aam import CombinedMargin, unit
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import Rule, create_rule
 from hiermetric.heads import create_head
-from hiermetric.multitask import PartialMargin, join_modalities, kmeans, match_clusters, pseudo_classes, rank_report
+from hiermetric.multitask import PartialMargin, join_modalities, match_clusters, pseudo_classes, rank_report
+from hiermetric.retrieval import kmeans
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import embeddings, fit, toy_features
 from hiermetric.unseen import known_ancestor
@@ -19,21 +20,6 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def random_tree(nodes, rng): return Taxonomy.from_parents({'n0': None} | {f'n{i}': f'n{rng.integers(i)}' for i in range(1, nodes)})
 
 # clusters
-
-def test_kmeans_is_a_fixed_point_and_as_good_as_scikit_learn():
-    from sklearn.cluster import KMeans
-    x = unit(TOY.of('train')[0]); centres, cluster = kmeans(x, 6, iters=50)
-    cos = x@centres.T
-    assert torch.equal(cluster, cos.argmax(1)) and torch.allclose(centres.norm(dim=1), torch.ones(6), atol=1e-5)
-    for k in range(6): assert torch.allclose(unit(x[cluster == k].sum(0)), centres[k], atol=.02)
-    theirs = KMeans(6, n_init=1, random_state=0).fit(x.numpy())
-    mine = ((x - torch.stack([x[cluster == k].mean(0) for k in range(6)])[cluster])**2).sum()
-    assert mine < 1.05*theirs.inertia_
-
-def test_kmeans_does_not_mind_copies_zeros_or_as_many_clusters_as_rows():
-    for x, k in ((torch.ones(9, 4), 3), (torch.zeros(5, 4), 2), (torch.randn(4, 3), 4), (torch.randn(4, 3), 1)):
-        centres, cluster = kmeans(x, k)
-        assert centres.isfinite().all() and len(cluster) == len(x) and 0 <= cluster.min() and cluster.max() < k
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 10**6))
@@ -89,11 +75,11 @@ def test_all_classes_are_combined_margin():
 def test_pseudo_classes_keep_everything_but_the_labels():
     made = pseudo_classes(TOY, 7, seed=3)
     assert made.taxonomy.n_leaves == 7 and (made.split == TOY.split).all() and made.x is TOY.x
-    x = unit(torch.from_numpy(TOY.x.astype(np.float32))); centres, own = kmeans(x[torch.from_numpy(TOY.split == 'train')], 7, 3)
+    x = unit(torch.from_numpy(TOY.x.astype(np.float32))); own, centres = kmeans(x[torch.from_numpy(TOY.split == 'train')], 7, 'cosine', seed=3)
     assert (made.targets[TOY.split == 'train'] == made.taxonomy.leaves[own.numpy()]).all() and (made.targets == made.taxonomy.leaves[(x@centres.T).argmax(1).numpy()]).all()
     other = pseudo_classes(TOY, 7, emb=-TOY.x.astype(np.float32)[::-1].copy(), seed=3)
     assert not (other.targets == made.targets).all()
-    with pytest.raises(HiermetricError, match='cannot make'): pseudo_classes(TOY, 10**4)
+    with pytest.raises(HiermetricError, match='not 10000'): pseudo_classes(TOY, 10**4)
 
 def test_texts_that_are_missing_change_nothing(tmp_path):
     torch.manual_seed(0); a, b = torch.randn(5, 3), torch.randn(5, 3); b[2] = math.nan
@@ -303,7 +289,7 @@ def test_clusters_are_made_anew_and_keep_their_numbers():
 def test_learners_share_everything_where_nothing_is_clustered():
     torch.manual_seed(0); head = create_head('divide_conquer', X.shape[1], TAX, **SMALL['divide_conquer'], dropout=0.); x, t = batch()
     a = head.loss(x, t); head.rows = torch.arange(len(x)); assert torch.equal(a, head.loss(x, t))
-    with pytest.raises(HiermetricError, match='cannot make'): head.refresh(X[:2], T[:2])
+    with pytest.raises(HiermetricError, match='not 3'): head.refresh(X[:2], T[:2])
 
 @pytest.mark.parametrize('name,kw', [('diva', dict(pair_loss='tree_triplet', miner=None)), ('diva', dict(pair_loss='tree_triplet', miner='multi_label')), ('divide_conquer', dict(pair_loss='tree_supcon', miner=None)), ('bier', {}), ('sndl', {})])
 def test_many_labels(name, kw):

@@ -4,6 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import normalized_mutual_info_score
+from hiermetric.aam import unit
 from hiermetric.core import HiermetricError
 from hiermetric.metrics import rank_accuracy
 from hiermetric.retrieval import (DISTANCES, VOTES, Index, Neighbours, Protocol, at_rank, evaluate_retrieval, graded_scores, ideal_gains, kmeans, neighbours, nmi, ranking_scores,
@@ -284,8 +285,22 @@ def test_nmi_is_scikit_learns(pairs):
     assert math.isclose(nmi(a, b), normalized_mutual_info_score(a, b), abs_tol=1e-9)
 
 def test_kmeans_is_seeded_and_assigns_the_nearest_centre():
-    x, *_ = data(4); a, c = kmeans(x, 6); assert (a == kmeans(x, 6)[0]).all()
-    assert (a == torch.cdist(x, torch.as_tensor(c)).argmin(1).numpy()).all()
+    x, *_ = data(4); a, c = kmeans(x, 6); assert torch.equal(a, kmeans(x, 6)[0]) and torch.equal(a, torch.cdist(x, c).argmin(1))
+
+def test_spherical_kmeans_is_a_fixed_point_and_as_good_as_scikit_learn():
+    from sklearn.cluster import KMeans
+    x = unit(data(4)[0]); cluster, centres = kmeans(x, 6, 'cosine', iterations=50)
+    assert torch.equal(cluster, (x@centres.T).argmax(1)) and torch.allclose(centres.norm(dim=1), torch.ones(6), atol=1e-5)
+    for k in range(6): assert torch.allclose(unit(x[cluster == k].sum(0)), centres[k], atol=.02)
+    theirs = KMeans(6, n_init=10, random_state=0).fit(x.numpy())
+    assert ((x - torch.stack([x[cluster == k].mean(0) for k in range(6)])[cluster])**2).sum() < 1.05*theirs.inertia_
+
+@pytest.mark.parametrize('metric', DISTANCES)
+def test_kmeans_does_not_mind_copies_zeros_or_as_many_clusters_as_rows(metric):
+    for x, k in ((torch.ones(9, 4), 3), (torch.zeros(5, 4), 2), (torch.randn(4, 3), 4), (torch.randn(4, 3), 1)):
+        cluster, centres = kmeans(x, k, metric)
+        assert centres.isfinite().all() and len(cluster) == len(x) and 0 <= cluster.min() and cluster.max() < k
+    with pytest.raises(HiermetricError, match='NaN'): kmeans(x*math.nan, 1, metric)
 
 def test_classification_at_a_rank_agrees_with_rank_accuracy():
     x, t, tax, _ = data(13); index = Index(x[:160], t[:160], tax); said = index.classify(x[160:], 'leaf', 'nearest'); table = rank_accuracy(said, t[160:], tax)
