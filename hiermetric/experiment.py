@@ -70,6 +70,7 @@ search_space = {
     **dict.fromkeys(['metric: margin', 'metric: tree_margin'], dict(loss_kw=[dict(margin=m) for m in (0.1, 0.2, 0.3)])), 'metric: proxy_nca': dict(loss_kw=[dict(scale=s) for s in (4., 8., 16.)]),
     'metric: supcon': dict(loss_kw=[dict(temperature=t) for t in (0.05, 0.1, 0.2)]), 'metric: tree_supcon': dict(loss_kw=[dict(temperature=t, power=p) for t in (0.05, 0.1) for p in (2., 4., 8.)]),
     'metric: multi_similarity': dict(loss_kw=[dict(base=b) for b in (0.3, 0.5, 0.7)]),
+    'diva': dict(decorrelate=[100., 1000.], intra=[0.1, 0.3]), 'divide_conquer': dict(learners=[2, 4, 8]), 'bier': dict(beta=[0.3, 0.5, 0.7]), 'sndl': dict(temperature=[0.05, 0.1], ce=[0.5, 1., 2.]),
     'LogisticRegression': dict(power=[0.5, 1.], C=[0.0003, 0.001, 0.003, 0.01, 0.03]),
 }
 
@@ -93,7 +94,8 @@ def trials(
     def with_(recipe:dict, kw:dict)->Variant:
         outer = {k: v for k,v in recipe.items() if not (inside and k == 'dropout')}
         if inside and 'dropout' in inspect.signature(HEADS[head]).parameters: kw = kw | {'dropout': recipe['dropout']}
-        return Variant(variant.label, variant.settings | outer | {'head_kw': variant.settings['head_kw'] | kw})
+        base = variant.settings['head_kw']; kw = {k: (base.get(k) or {}) | v if isinstance(v, dict) else v for k, v in kw.items()}   # a loss keeps what else was said of it
+        return Variant(variant.label, variant.settings | outer | {'head_kw': base | kw})
     order = np.random.default_rng(seed).permutation(len(combos))
     return [variant, *(with_(o, combos[order[i % len(combos)]]) for i, o in enumerate(recipes[:n-1]))]
 

@@ -237,4 +237,6 @@ def test_trials_share_their_recipes_and_end_with_them():
     assert [shared(o) for o in a] == [shared(o) for o in b]
     committee = trials(Variant.of('committee'), 3)
     assert all('dropout' not in o.settings for o in committee) and committee[1].settings['head_kw']['dropout'] == 0.3
+    tuned = trials(Variant.of(('x', 'metric', dict(loss='triplet', loss_kw=dict(margin=.3, normalise=False)))), 4)
+    assert not any(o.settings['head_kw']['loss_kw']['normalise'] for o in tuned) and len({o.settings['head_kw']['loss_kw']['margin'] for o in tuned}) > 1   # what is tuned joins what was said
     with pytest.raises(HiermetricError, match='9 different trials'): trials(Variant.of('classifier'), 10)
