@@ -31,7 +31,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'toy_features', 'warmup_cosine'
            'FeatureSource', 'image_size', 'decode_split', 'ImageSource', 'make_accelerator', 'kept_memory',
            'set_training', 'ema_update', 'Trainer', 'predict', 'embeddings', 'checkpoint_due', 'csv_logger',
            'json_logger', 'console_logger', 'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run',
-           'fit', 'check_identity']
+           'fit', 'check_identity', 'average_models']
 
 # %% ../nbs/14_training.ipynb #dff66f7e
 def toy_features(
@@ -594,7 +594,8 @@ def _over(model:Model, ask:Callable, x:Tensor|Features|ImageTable, split:str|Non
     device = next(model.parameters()).device
     if isinstance(x, Tensor): return torch.cat([ask(o.to(device)).float().cpu() for o in x.split(batch_size or FeatureSource.big)])
     source = FeatureSource(x, split, device=device) if isinstance(x, Features) else ImageSource(x, split, model.encoder.transform, device, size_input=model.encoder.size_input)
-    return torch.cat([ask(*inputs).float().cpu() for inputs, _ in source.batches(torch.arange(len(source)).split(batch_size or source.big))])
+    with nullcontext() if isinstance(x, Features) else kept_memory(device):
+        return torch.cat([ask(*inputs).float().cpu() for inputs, _ in source.batches(torch.arange(len(source)).split(batch_size or source.big))])
 
 @patch
 def validate(self:Trainer)->dict[str, float]: # 'val_nll' and 'val_top1'
@@ -1024,3 +1025,19 @@ def check_identity(
     f, w = (defaults() | o['settings'] for o in (found, wanted))
     if diff := [f"{k} {f.get(k)!r}, now {w.get(k)!r}" for k in {**f, **w} if f.get(k) != w.get(k)]:
         raise HiermetricError(f"{path} holds a run with other settings: {'; '.join(diff)}. {way_out}")
+
+# %% ../nbs/14_training.ipynb #7e09c11a
+def average_models(
+    models:Sequence[Model], # alike in all but their weights; images are taken at the size of the last one
+    shares:Sequence[float]|None=None, # of each, at least 0; None: all alike
+)->Model: # a new one, on the CPU, in eval mode
+    "The weighted mean of weights and running statistics [@wortsman2022soups]; raises `HiermetricError` where the models differ"
+    shares = np.ones(len(models)) if shares is None else np.asarray(shares, dtype=float)
+    if not len(models) or shares.shape != (len(models),) or not (shares >= 0).all() or not 0 < shares.sum() < math.inf: raise HiermetricError(f"Give at least one model, and for each a share of at least 0, not all of them 0; there are {len(models)} models and the shares {shares.tolist()}.")
+    states = [{k: v.cpu() for k, v in o.state_dict().items()} for o in models]; last = states[-1]
+    for o, s in zip(models, states):
+        if o.taxonomy.fingerprint != models[-1].taxonomy.fingerprint: raise HiermetricError("These models have different trees; their weights cannot be averaged.")
+        if diff := [k for k in {**s, **last} if getattr(s.get(k), 'shape', None) != getattr(last.get(k), 'shape', None)]: raise HiermetricError(f"These models differ in {diff[0]}; only models of the same backbone, embedding and head can be averaged.")
+    out = copy.deepcopy(models[-1]).cpu().eval()
+    out.load_state_dict({k: sum(w*s[k].double() for w, s in zip(shares/shares.sum(), states)).to(v.dtype) if v.is_floating_point() else v for k, v in last.items()})
+    return out
