@@ -363,7 +363,8 @@ def adjust_prior(
 )->Tensor|np.ndarray: # (B, N) coherent, of the type that was given
     "Node probabilities as though the classes were less unlike in number, @eq-prior; raises `HiermetricError` for what is no probability, no node, or a negative tau"
     if not 0 <= tau < math.inf: raise HiermetricError(f"tau must be a number of at least 0, not {tau}; 1 treats all classes alike.")
-    p, n = check_node_probs(node_probs, tax), leaf_counts(torch.as_tensor(check_targets(targets, tax)), tax).clamp_min(1).to(node_probs.device if isinstance(node_probs, Tensor) else 'cpu')
+    p, n = check_node_probs(node_probs, tax), leaf_counts(torch.as_tensor(check_targets(targets, tax)), tax).clamp_min(1)
+    n = n.to(p.device)
     out = torch.cat([tax.node_probs((leaf_distribution(p[o], tax).double().log() - tau*n.log()).softmax(1)).to(p.dtype) for o in _rows(*p.shape)]) if len(p) else p
     return out if isinstance(node_probs, Tensor) else out.numpy()
 

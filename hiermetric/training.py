@@ -813,11 +813,13 @@ def _weights_of(start:Run|str|Path|None)->tuple[Model|None, str|None]: # and a f
     other = start.model if folder is None else Model.load(folder/'model' if (folder/'model').exists() else folder)
     return other, core.fingerprint(*(v.cpu().contiguous().numpy().tobytes() for k, v in other.state_dict().items() if not k.startswith('head.')))
 
+def _unlike(a:dict, b:dict)->list[str]: return [k for k in {**a, **b} if getattr(a.get(k), 'shape', None) != getattr(b.get(k), 'shape', None)]   # names of weights that only one state has, or in another shape
+
 def _begin_with(model:Model, other:Model)->None:
     "Take over everything below the head; another tree or another head do not matter"
     for what in ('encoder', 'embedding'):
         new, old = ({} if getattr(o, what) is None else getattr(o, what).state_dict() for o in (model, other))
-        if diff := [k for k in {**new, **old} if getattr(new.get(k), 'shape', None) != getattr(old.get(k), 'shape', None)]:
+        if diff := _unlike(new, old):
             raise HiermetricError(f"This run cannot begin with the {what} of that one: they differ in {diff[0]} ({', '.join(str(tuple(o[diff[0]].shape)) if diff[0] in o else 'not there' for o in (new, old))}). Give both the same backbone, embedding, embed_dim and embed_kw.")
         if new: getattr(model, what).load_state_dict(old)
 
@@ -1037,7 +1039,7 @@ def average_models(
     states = [{k: v.cpu() for k, v in o.state_dict().items()} for o in models]; last = states[-1]
     for o, s in zip(models, states):
         if o.taxonomy.fingerprint != models[-1].taxonomy.fingerprint: raise HiermetricError("These models have different trees; their weights cannot be averaged.")
-        if diff := [k for k in {**s, **last} if getattr(s.get(k), 'shape', None) != getattr(last.get(k), 'shape', None)]: raise HiermetricError(f"These models differ in {diff[0]}; only models of the same backbone, embedding and head can be averaged.")
+        if diff := _unlike(s, last): raise HiermetricError(f"These models differ in {diff[0]}; only models of the same backbone, embedding and head can be averaged.")
     out = copy.deepcopy(models[-1]).cpu().eval()
     out.load_state_dict({k: sum(w*s[k].double() for w, s in zip(shares/shares.sum(), states)).to(v.dtype) if v.is_floating_point() else v for k, v in last.items()})
     return out

@@ -17,4 +17,4 @@ def test_names_plankton():
     some = table.samples.query('split == "test"').iloc[::18]
     said = predictor(some.path.tolist(), rule='argmax', engine='folded')
     assert predictor.taxonomy.fingerprint == table.taxonomy.fingerprint and len(said) == len(some) > 200
-    assert (said.answer.to_numpy() == some['class'].to_numpy()).mean() > .7   # the page: 77 % of one view of all test images
+    assert (said.answer.to_numpy() == some['class'].to_numpy()).mean() > .7   # the page: 76 % of one view of all test images
