@@ -4,7 +4,7 @@
 
 # %% ../nbs/13_multitask.ipynb #64ba6d10
 from __future__ import annotations
-import math
+import math, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
+from .datasets import ImageTable
 from .features import Features
 from .heads import EmbeddingNet, check_embeddings, label_nll, subtree_nll
 from .aam import CombinedMargin, unit
@@ -20,13 +21,14 @@ from .metrics import check_node_probs, check_targets
 from .decisions import Rule, _deepest, _path
 from .paths import root_path
 from .unseen import known_ancestor
-from .pairs import BoostedDeviance, ClassMeans, Decorrelation, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, mean_above_zero, relation
+from .pairs import BoostedDeviance, ClassMeans, Decorrelation, MultiLabelSemiHard, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, mean_above_zero, relation
 from .retrieval import kmeans, neighbours
 
 # %% auto #0
-__all__ = ['MultiTask', 'mined_loss', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'match_clusters',
-           'DivideConquer', 'BIER', 'SNDL', 'read_multi_hot', 'PartialMargin', 'pseudo_classes', 'join_modalities',
-           'RankFlags', 'rank_report']
+__all__ = ['MultiTask', 'label_rows', 'mined_loss', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'match_clusters',
+           'DivideConquer', 'BIER', 'SNDL', 'read_multi_hot', 'rows_of_files', 'powerset', 'with_label_sets',
+           'label_probs', 'label_report', 'PartialMargin', 'pseudo_classes', 'join_modalities', 'RankFlags',
+           'rank_report']
 
 # %% ../nbs/13_multitask.ipynb #ac031252
 class MultiTask(ClassMeans):
@@ -40,12 +42,14 @@ class MultiTask(ClassMeans):
         block:str='linear', # kind of `EmbeddingNet`: 'linear', or 'mlp' with a hidden layer that the parts share
         dropout:float=0.5, # behind the projections
         paths:bool=False, # an image's labels are all nodes of its path but the root, as a multi-hot row
+        sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # (N, C) 0 or 1, the labels of every node, as `with_label_sets` gives them; None: a node is a label
         momentum:float=0.9, # of the running class means
     ):
         self.check_parts(sizes, weights)
         super().__init__(in_features, taxonomy, sum(sizes), 'cosine', momentum)
         self.block, self.dropout, self.paths, self.sizes = block, float(dropout), paths, [int(o) for o in sizes]
         self.project = EmbeddingNet(in_features, sum(sizes), kind=block, dropout=dropout)
+        self.give_labels(sets)
         w = torch.ones(len(sizes)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         self.register_buffer('shares', w/w.sum(), persistent=False)
 
@@ -55,6 +59,36 @@ class MultiTask(ClassMeans):
         if weights is not None and (len(weights) != len(sizes) or min(weights) < 0 or not sum(weights) > 0): raise HiermetricError(f"There are {len(sizes)} parts and {len(weights)} weights, none of which may be below 0, nor all 0: {list(weights)}.")
 
     def tasks(self, parts:list[Tensor], targets:Tensor, x:Tensor)->Tensor: raise NotImplementedError   # scalar
+
+# %% ../nbs/13_multitask.ipynb #0badc620
+def label_rows(
+    sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame, # (N, C) 0 or 1
+    taxonomy:Taxonomy, # N nodes
+)->Tensor: # (N, C) float32
+    "The labels of every node, looked over"
+    try: y = torch.as_tensor(np.asarray(sets, dtype=np.float32))
+    except (TypeError, ValueError) as e: raise HiermetricError(f"`sets` is no table of numbers ({e}); `with_label_sets` makes one.") from e
+    if y.ndim != 2 or len(y) != len(taxonomy) or not y.shape[1] or not ((y == 0) | (y == 1)).all(): raise HiermetricError(f"`sets` needs a row of 0 and 1 for each of the {len(taxonomy)} nodes, a column a label and at least one label; got the shape {tuple(y.shape)}{' with other numbers' if y.ndim == 2 and len(y) == len(taxonomy) and y.shape[1] else ''}. `with_label_sets` makes it.")
+    return y
+
+@patch
+def give_labels(self:MultiTask,
+    sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None, # (N, C)
+)->None:
+    "Remember which labels each node has"
+    if self.paths and sets is not None: raise HiermetricError("An image's labels are the nodes of its path (paths=True) or a row of `sets`; give one of the two.")
+    rows = None if sets is None else label_rows(sets, self.taxonomy)
+    self.register_buffer('node_labels', rows, persistent=False)
+    self.sets = None if rows is None else rows.int().tolist()   # a setting, so that a saved model knows its labels before its weights
+    self.n_labels = len(self.taxonomy) - 1 if rows is None else rows.shape[1]
+
+@patch
+def spell_out(self:MultiTask,
+    targets:Tensor, # (B,) node ids
+)->Tensor: # (B, C) rows of labels, or the node ids where an image has one label
+    "Labels as the losses take them"
+    if self.paths: return self.taxonomy.multi_hot(targets)[:, 1:]
+    return targets if self.sets is None else self.node_labels[targets]
 
 # %% ../nbs/13_multitask.ipynb #c0e84035
 @patch
@@ -78,36 +112,46 @@ def represent(self:MultiTask, emb:Tensor)->Tensor: return self.join(self.split(e
 @patch
 def loss(self:MultiTask,
     emb:Tensor, # (B, F)
-    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not; or (B, N−1) multi-hot rows
+    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not; or (B, C) multi-hot rows, C = N−1 without `sets`
 )->Tensor: # scalar; 0 for a batch that teaches nothing
     "The tasks together; in training the class means follow"
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None))
     check_embeddings(emb, self.in_features, emb.device.type == 'cpu'); check_labels(targets, self.taxonomy, len(emb), True)
-    if targets.ndim == 2 and targets.shape[1] != len(self.taxonomy) - 1: raise HiermetricError(f"Multi-hot labels have one column for every node but the root, {len(self.taxonomy) - 1} of them, not {targets.shape[1]}.")
+    if targets.ndim == 2 and targets.shape[1] != self.n_labels: raise HiermetricError(f"Multi-hot labels have one column for every {'node but the root' if self.sets is None else 'label of `sets`'}, {self.n_labels} of them, not {targets.shape[1]}.")
     with torch.autocast(emb.device.type, enabled=False):
         x = self.full(emb); parts = self.split(x)
         if targets.ndim == 1:
             targets = targets.long()
             if self.training: self.follow(self.join(parts).detach(), targets)
-            if self.paths: targets = self.taxonomy.multi_hot(targets)[:, 1:]
+            targets = self.spell_out(targets)
         return self.tasks(parts, targets, x) if len(x) else sum(o.sum() for o in parts)
 
 @patch
 def prepare(self:MultiTask, emb:Tensor, targets:Tensor)->None:
     "The losses see the labels of the training split"
-    ClassMeans.prepare(self, emb, self.taxonomy.multi_hot(targets)[:, 1:] if self.paths else targets)
+    ClassMeans.prepare(self, emb, self.spell_out(targets))
 
 # %% ../nbs/13_multitask.ipynb #9a0a6982
 def mined_loss(
     criterion:PairLoss, # of `create_loss`
     miner:Callable|None, # of `create_miner`; None: all pairs
     x:Tensor, # (B, D) one part
-    targets:Tensor, # (B,) node ids, or (B, N−1) multi-hot rows
+    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
     rows:Tensor|None=None, # (B,) rows of the training split
 )->Tensor: # scalar
     "A loss of *Pairs and proxies* on what a miner finds"
     with torch.no_grad(): found = None if miner is None or not len(x) else miner(x, targets)
     return criterion(x, targets, found, rows)
+
+# %% ../nbs/13_multitask.ipynb #4afef8fd
+@patch
+def check_pairs(self:MultiTask,
+    criterion:PairLoss, # of `create_loss`
+    miner:Callable|None, # of `create_miner`
+)->None:
+    "Refuse what cannot compare images with many labels, where they have many"
+    if (self.paths or self.sets is not None) and not (criterion.multi_label and (miner is None or isinstance(miner, MultiLabelSemiHard))):
+        raise HiermetricError(f"pair_loss={self.pair_loss!r} with miner={self.miner!r} compares images of one label each; for images with many, take for example pair_loss='tree_triplet' with miner='multi_label', or pair_loss='tree_supcon' with miner=None.")
 
 # %% ../nbs/13_multitask.ipynb #fc432c75
 def instance_loss(
@@ -122,7 +166,7 @@ def instance_loss(
 
 # %% ../nbs/13_multitask.ipynb #16b2cfda
 def intra_triplets(
-    targets:Tensor, # (B,) node ids, or (B, N−1) multi-hot rows
+    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
     taxonomy:Taxonomy, # that node ids belong to
     k:int=4, # an anchor
 )->tuple[Tensor, Tensor, Tensor]: # anchors, positives, negatives
@@ -160,22 +204,23 @@ class DiVA(MultiTask):
         weights:Sequence[float]|None=None, # (4,) of the parts in the joint vector; None: all alike
         block:str='linear', # see `MultiTask`
         dropout:float=0.5, # behind the projections; what makes two views of frozen features differ
-        paths:bool=False, # see `MultiTask`
+        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
         momentum:float=0.9, # of the running class means
     ):
-        super().__init__(in_features, taxonomy, [dim]*4, weights, block, dropout, paths, momentum)
+        super().__init__(in_features, taxonomy, [dim]*4, weights, block, dropout, paths, sets, momentum)
         if min(shared, intra, single, decorrelate) < 0 or not temperature > 0: raise HiermetricError(f"Weights of tasks must be at least 0 and the temperature above it; got shared={shared}, intra={intra}, single={single}, decorrelate={decorrelate}, temperature={temperature}.")
         self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.weights = int(dim), pair_loss, pair_kw, miner, miner_kw, weights
         self.shared, self.intra, self.single, self.decorrelate, self.temperature = float(shared), float(intra), float(single), float(decorrelate), float(temperature)
         self.criteria = nn.ModuleList(create_loss(pair_loss, taxonomy, dim, **pair_kw or {}) for _ in range(2))
         self.find = None if miner is None else create_miner(miner, taxonomy, self.criteria[0].distance, **miner_kw or {})
+        self.check_pairs(self.criteria[0], self.find)
         self.adversaries = nn.ModuleList(Decorrelation([dim, dim]) for _ in range(3))
 
 # %% ../nbs/13_multitask.ipynb #92036b77
 @patch
 def tasks(self:DiVA,
     parts:list[Tensor], # (B, D) four of them
-    targets:Tensor, # (B,) node ids, or (B, N−1) multi-hot rows
+    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
     x:Tensor, # (B, F) the features
 )->Tensor: # scalar
     "@eq-diva"
@@ -215,14 +260,15 @@ class DivideConquer(MultiTask):
         conquer:float|None=None, # epoch from which all learn together; None: never
         block:str='linear', # see `MultiTask`
         dropout:float=0.5, # behind the projections
-        paths:bool=False, # see `MultiTask`
+        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
         momentum:float=0.9, # of the running class means
     ):
         if learners < 1 or dim % learners or every < 1: raise HiermetricError(f"The dimensions are shared evenly among at least one learner, who is given images at least every epoch; got dim={dim}, learners={learners}, every={every}.")
-        super().__init__(in_features, taxonomy, [dim//learners]*learners, None, block, dropout, paths, momentum)
+        super().__init__(in_features, taxonomy, [dim//learners]*learners, None, block, dropout, paths, sets, momentum)
         self.learners, self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.every, self.conquer = int(learners), int(dim), pair_loss, pair_kw, miner, miner_kw, int(every), conquer
         self.criteria = nn.ModuleList(create_loss(pair_loss, taxonomy, o, **pair_kw or {}) for o in [*self.sizes, dim])   # the last for all together
         self.find = None if miner is None else create_miner(miner, taxonomy, self.criteria[0].distance, **miner_kw or {})
+        self.check_pairs(self.criteria[0], self.find)
         self.register_buffer('cluster', torch.zeros(0, dtype=torch.long)); self.register_buffer('looks', torch.zeros((), dtype=torch.long))
 
 # %% ../nbs/13_multitask.ipynb #6d87b6de
@@ -248,7 +294,7 @@ def conclude(self:DivideConquer, emb:Tensor, targets:Tensor)->None:
 @patch
 def tasks(self:DivideConquer,
     parts:list[Tensor], # (B, D/K) K of them
-    targets:Tensor, # (B,) node ids, or (B, N−1) multi-hot rows
+    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
     x:Tensor, # (B, F) not looked at
 )->Tensor: # scalar
     "@eq-match; without rows or clusters every learner sees the whole batch"
@@ -268,11 +314,11 @@ class BIER(MultiTask):
         decorrelate:float=0., # weight of the adversaries
         block:str='linear', # see `MultiTask`
         dropout:float=0.5, # behind the projections
-        paths:bool=False, # see `MultiTask`
+        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
         momentum:float=0.9, # of the running class means
     ):
         K = len(sizes)
-        super().__init__(in_features, taxonomy, sizes, [2*(k + 1)/(K*(K + 1)) for k in range(K)] if K else None, block, dropout, paths, momentum)
+        super().__init__(in_features, taxonomy, sizes, [2*(k + 1)/(K*(K + 1)) for k in range(K)] if K else None, block, dropout, paths, sets, momentum)
         self.alpha, self.beta, self.cost, self.decorrelate = float(alpha), float(beta), float(cost), float(decorrelate)
         self.criterion = BoostedDeviance(sum(sizes), taxonomy, self.sizes, alpha, beta, cost, decorrelate)
 
@@ -291,20 +337,20 @@ class SNDL(MultiTask):
         sharpness:float=16., # of the classifier's logits, since embeddings have length 1
         block:str='linear', # see `MultiTask`
         dropout:float=0.5, # behind the projection
-        paths:bool=False, # see `MultiTask`
+        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
         momentum:float=0.9, # of the running class means
     ):
-        super().__init__(in_features, taxonomy, [dim], None, block, dropout, paths, momentum)
+        super().__init__(in_features, taxonomy, [dim], None, block, dropout, paths, sets, momentum)
         if ce < 0: raise HiermetricError(f"The weight of the classifier must be at least 0, not {ce}.")
         self.dim, self.temperature, self.memory, self.ce, self.sharpness = int(dim), float(temperature), float(memory), float(ce), float(sharpness)
         self.criterion = NeighbourNCA(dim, taxonomy, temperature, memory)
-        self.classes = nn.Linear(dim, len(taxonomy) - 1)   # one output for every node but the root
+        self.classes = nn.Linear(dim, self.n_labels)   # one output a label; without `sets`, one for every node but the root
 
 # %% ../nbs/13_multitask.ipynb #9442861f
 @patch
 def tasks(self:SNDL,
     parts:list[Tensor], # (B, D) one of them
-    targets:Tensor, # (B,) node ids, or (B, N−1) multi-hot rows
+    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
     x:Tensor, # (B, F) not looked at
 )->Tensor: # scalar
     "@eq-sndl"
@@ -314,18 +360,91 @@ def tasks(self:SNDL,
 
 # %% ../nbs/13_multitask.ipynb #5bfe02bd
 def read_multi_hot(
-    path:str|Path, # .csv: a row an image, its name in the first column; then a column a label, 0 or 1
-)->tuple[list[str], Tensor, Taxonomy]: # (n,) names; (n, C) float32, columns in the order of the leaves; a root with C leaves
+    path:str|Path, # .csv with a header: a row an image, its name in the first column; then a column a label, 0 or 1
+)->pd.DataFrame: # (n, C) 0 or 1, index the names, a column a label
     "Images with any number of labels each"
-    try: table = pd.read_csv(path, index_col=0, dtype={0: str})
+    try: raw = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     except (OSError, ValueError) as e: raise HiermetricError(f"Cannot read labels from {path}: {e}.") from e
-    if not table.size: raise HiermetricError(f"{path} holds no labels: a column of names is wanted, and after it one column a label.")
-    bad = ~table.isin([0, 1]).to_numpy()
-    if bad.any():
-        i, j = np.argwhere(bad)[0]
-        raise HiermetricError(f"{path}: the label {table.columns[j]!r} of {table.index[i]!r} is {table.iloc[i, j]!r}; it must be 0 or 1.")
-    tax = Taxonomy.from_parents({'any': None} | {str(o): 'any' for o in table.columns})
-    return table.index.astype(str).tolist(), torch.as_tensor(table[[*tax.leaf_names]].to_numpy(np.float32)), tax
+    if min(raw.shape) < 2: raise HiermetricError(f"{path} holds no labels: a header is wanted, below it a row an image, with a column of names and after it one column a label.")
+    names, labels = (pd.Index([str(o).strip() for o in k], name=n) for k, n in ((raw.iloc[1:, 0], 'image'), (raw.iloc[0, 1:], 'label')))
+    for what, o in (('image', names), ('label', labels)):
+        if (o == '').any(): raise HiermetricError(f"{path}: {what} {(o == '').argmax() + 1} has no name.")
+        if o.has_duplicates: raise HiermetricError(f"{path}: the {what} {o[o.duplicated()][0]!r} occurs twice; join the two.")
+    y = raw.iloc[1:, 1:].apply(pd.to_numeric, errors='coerce').to_numpy()
+    if (bad := np.argwhere((y != 0) & (y != 1))).size:
+        i, j = bad[0]
+        raise HiermetricError(f"{path}: the label {labels[j]!r} of {names[i]!r} is {raw.iloc[i+1, j+1]!r}; it must be 0 or 1.")
+    return pd.DataFrame(y.astype(int), names, labels)
+
+# %% ../nbs/13_multitask.ipynb #ebae29e6
+def rows_of_files(
+    names:Sequence[str], # (n,) each the end of a path, or the whole of it
+    files:Sequence[str|Path], # (m,) images
+    source:str|Path, # where the names come from, for messages
+)->np.ndarray: # (m,) which name each image goes by
+    "Find each image's row in a table"
+    known = {Path(o).parts: i for i, o in enumerate(names)}; lengths = sorted({len(o) for o in known})
+    found, owner = [{known[q] for k in lengths if (q := Path(o).parts[-k:]) in known} for o in files], {}
+    if bare := [o for o, f in zip(files, found) if not f]: raise HiermetricError(f"{source} has no row for {len(bare):,} of {len(found):,} images, the first {bare[0]}. Give them rows, of zeros where an image has none of the labels, or leave these images out.")
+    for o, f in zip(files, found):
+        if len(f) > 1: raise HiermetricError(f"{source} has {len(f)} rows for {o}: {' and '.join(repr(names[i]) for i in sorted(f))}. Keep one.")
+        if (first := owner.setdefault(i := min(f), o)) is not o: raise HiermetricError(f"{source}: the name {names[i]!r} fits {first} as well as {o}; write more of their paths.")
+    return np.array([min(f) for f in found], dtype=np.int64)
+
+# %% ../nbs/13_multitask.ipynb #c7099dd2
+def powerset(
+    y:np.ndarray, # (n, C) 0 or 1
+    labels:Sequence[str], # (C,)
+)->tuple[Taxonomy, np.ndarray, pd.DataFrame]: # a root and a leaf a set; (n,) node ids; (N, C) labels of every node, `Y` of @eq-powerset
+    "Sets of labels as classes"
+    kinds, kind = np.unique(y, axis=0, return_inverse=True)
+    names, root = [' + '.join(o for o, there in zip(labels, row) if there) or 'none' for row in kinds], 'all sets'
+    if len({*names, root}) <= len(names): raise HiermetricError(f"Two sets of labels would have the name {next(o for i, o in enumerate(names) if o in [root, *names[:i]])!r}; rename the label that looks like a set.")
+    tax = Taxonomy.from_parents({root: None} | dict.fromkeys(names, root)); nodes = tax.index(names)
+    sets = np.zeros((len(tax), y.shape[1]), dtype=int); sets[nodes] = kinds
+    return tax, nodes[kind.reshape(-1)], pd.DataFrame(sets, pd.Index(tax.names, name='set'), pd.Index(labels, name='label'))
+
+# %% ../nbs/13_multitask.ipynb #f2afface
+def with_label_sets(
+    data:Features|ImageTable, # of images that are files; their own labels are not looked at
+    path:str|Path, # .csv as for `read_multi_hot`, a name being an image's path or the end of it
+    most:int=1000, # sets of labels that there may be
+)->tuple[Features|ImageTable, pd.DataFrame]: # the same images and splits, each labelled with its set; (N, C) 0 or 1, what a head takes as `sets`
+    "Images with the labels of a table"
+    vectors = isinstance(data, Features)
+    files, split = (data.paths, data.split) if vectors else (data.samples['path'], data.samples['split'])
+    if files is None: raise HiermetricError("These features do not know their image files (`paths` is None), so a table of labels cannot be joined to them; extract them from images, or set `paths`.")
+    table = read_multi_hot(path)
+    rows = rows_of_files(table.index, list(files), path)
+    tax, targets, sets = powerset(table.to_numpy()[rows], table.columns)
+    if not 2 <= tax.n_leaves <= most: raise HiermetricError(f"{path}: the {len(rows):,} images have {tax.n_leaves:,} different sets of labels, and {'a class needs another' if tax.n_leaves < 2 else f'at most {most:,} may be classes; leave out labels that few images have, or raise `most`'}.")
+    strange = sorted(set(targets) - set(targets[np.asarray(split) == 'train'])); unused = len(table) - len(rows)
+    if unused: warnings.warn(f"{unused:,} of {len(table):,} rows in {path} belong to none of the images; the others count.", stacklevel=2)
+    if strange: warnings.warn(f"{len(strange):,} of {tax.n_leaves:,} sets of labels have no training image, so no image will be given them ({', '.join(tax.names[i] for i in strange[:3])}{', …' if len(strange) > 3 else ''}).", stacklevel=2)
+    about = dict(labels=list(table.columns), unused_rows=unused, sets_without_training=[str(tax.names[i]) for i in strange])
+    if vectors: return replace(data, targets=targets, taxonomy=tax, meta=data.meta | about), sets
+    return replace(data, samples=data.samples.assign(**{'class': [tax.names[i] for i in targets]}), taxonomy=tax, notes=(*data.notes, f'labelled with sets of {len(table.columns)} labels from {Path(path).name}; {unused:,} rows unused')), sets
+
+# %% ../nbs/13_multitask.ipynb #f47d0545
+def label_probs(
+    node_probs:Tensor|np.ndarray, # (n, N) of `predict`
+    sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame, # (N, C) labels of every node
+    tax:Taxonomy, # tree over the N nodes
+)->Tensor: # (n, C)
+    "Probability of every label, @eq-powerset"
+    p, leaves = check_node_probs(node_probs, tax), tax.tensor('leaves')
+    return p[:, leaves.to(p.device)]@label_rows(sets, tax)[leaves].to(p)
+
+def label_report(
+    probs:Tensor|np.ndarray, # (n, C) the higher, the likelier
+    truth:pd.DataFrame, # (n, C) 0 or 1, a column a label: `sets.iloc[targets]`
+)->pd.DataFrame: # a row a label: images that have it, their share, which a guess would come to, and average precision, NaN where no image has it
+    "How well the images with each label are found"
+    from sklearn.metrics import average_precision_score
+    p, y = np.asarray(probs, dtype=float), truth.to_numpy()
+    if p.shape != y.shape or not np.isfinite(p).all() or not np.isin(y, (0, 1)).all(): raise HiermetricError(f"Finite probabilities of shape (images, labels) and the truth, 0 or 1, are wanted; got {p.shape} and {y.shape}.")
+    ap = [average_precision_score(a, b) if a.any() else np.nan for a, b in zip(y.T, p.T)]
+    return pd.DataFrame({'images': y.sum(0), 'share': y.mean(0), 'average precision': ap}, pd.Index(truth.columns, name='label'))
 
 # %% ../nbs/13_multitask.ipynb #b1ef022e
 class PartialMargin(CombinedMargin):
