@@ -66,7 +66,7 @@ def label_rows(
     taxonomy:Taxonomy, # N nodes
 )->Tensor: # (N, C) float32
     "The labels of every node, looked over"
-    try: y = torch.as_tensor(np.asarray(sets, dtype=np.float32))
+    try: y = torch.tensor(np.asarray(sets, dtype=np.float32))
     except (TypeError, ValueError) as e: raise HiermetricError(f"`sets` is no table of numbers ({e}); `with_label_sets` makes one.") from e
     if y.ndim != 2 or len(y) != len(taxonomy) or not y.shape[1] or not ((y == 0) | (y == 1)).all(): raise HiermetricError(f"`sets` needs a row of 0 and 1 for each of the {len(taxonomy)} nodes, a column a label and at least one label; got the shape {tuple(y.shape)}{' with other numbers' if y.ndim == 2 and len(y) == len(taxonomy) and y.shape[1] else ''}. `with_label_sets` makes it.")
     return y
@@ -151,7 +151,7 @@ def check_pairs(self:MultiTask,
 )->None:
     "Refuse what cannot compare images with many labels, where they have many"
     if (self.paths or self.sets is not None) and not (criterion.multi_label and (miner is None or isinstance(miner, MultiLabelSemiHard))):
-        raise HiermetricError(f"pair_loss={self.pair_loss!r} with miner={self.miner!r} compares images of one label each; for images with many, take for example pair_loss='tree_triplet' with miner='multi_label', or pair_loss='tree_supcon' with miner=None.")
+        raise HiermetricError(f"pair_loss={self.pair_loss!r} with miner={self.miner!r} compares images of one label each; for images with many, take for example pair_loss='tree_supcon' with miner=None, or pair_loss='tree_triplet' with miner='multi_label'.")
 
 # %% ../nbs/13_multitask.ipynb #fc432c75
 def instance_loss(
@@ -393,16 +393,15 @@ def rows_of_files(
 
 # %% ../nbs/13_multitask.ipynb #c7099dd2
 def powerset(
-    y:np.ndarray, # (n, C) 0 or 1
-    labels:Sequence[str], # (C,)
-)->tuple[Taxonomy, np.ndarray, pd.DataFrame]: # a root and a leaf a set; (n,) node ids; (N, C) labels of every node, `Y` of @eq-powerset
+    table:pd.DataFrame, # (n, C) 0 or 1, a row an image, a column a label
+)->tuple[Taxonomy, np.ndarray, pd.DataFrame]: # a root and a leaf a set; (n,) node ids; (N, C) labels of every node, the Y of @eq-powerset
     "Sets of labels as classes"
-    kinds, kind = np.unique(y, axis=0, return_inverse=True)
-    names, root = [' + '.join(o for o, there in zip(labels, row) if there) or 'none' for row in kinds], 'all sets'
+    kinds, kind = np.unique(table.to_numpy(dtype=int), axis=0, return_inverse=True)
+    names, root = [' + '.join(str(o) for o, there in zip(table.columns, row) if there) or 'none' for row in kinds], 'all sets'
     if len({*names, root}) <= len(names): raise HiermetricError(f"Two sets of labels would have the name {next(o for i, o in enumerate(names) if o in [root, *names[:i]])!r}; rename the label that looks like a set.")
     tax = Taxonomy.from_parents({root: None} | dict.fromkeys(names, root)); nodes = tax.index(names)
-    sets = np.zeros((len(tax), y.shape[1]), dtype=int); sets[nodes] = kinds
-    return tax, nodes[kind.reshape(-1)], pd.DataFrame(sets, pd.Index(tax.names, name='set'), pd.Index(labels, name='label'))
+    sets = np.zeros((len(tax), table.shape[1]), dtype=int); sets[nodes] = kinds
+    return tax, nodes[kind.reshape(-1)], pd.DataFrame(sets, pd.Index(tax.names, name='set'), table.columns)
 
 # %% ../nbs/13_multitask.ipynb #f2afface
 def with_label_sets(
@@ -416,7 +415,7 @@ def with_label_sets(
     if files is None: raise HiermetricError("These features do not know their image files (`paths` is None), so a table of labels cannot be joined to them; extract them from images, or set `paths`.")
     table = read_multi_hot(path)
     rows = rows_of_files(table.index, list(files), path)
-    tax, targets, sets = powerset(table.to_numpy()[rows], table.columns)
+    tax, targets, sets = powerset(table.iloc[rows])
     if not 2 <= tax.n_leaves <= most: raise HiermetricError(f"{path}: the {len(rows):,} images have {tax.n_leaves:,} different sets of labels, and {'a class needs another' if tax.n_leaves < 2 else f'at most {most:,} may be classes; leave out labels that few images have, or raise `most`'}.")
     strange = sorted(set(targets) - set(targets[np.asarray(split) == 'train'])); unused = len(table) - len(rows)
     if unused: warnings.warn(f"{unused:,} of {len(table):,} rows in {path} belong to none of the images; the others count.", stacklevel=2)

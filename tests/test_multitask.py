@@ -1,15 +1,18 @@
-"Shared and specific embeddings: matched clusters, partial softmax, flags and the multi-task heads against slow loops; resumption, degenerate batches, multi-hot labels."
-import itertools, math
-import numpy as np, pytest, torch, torch.nn.functional as F
+"Shared and specific embeddings: matched clusters, partial softmax, flags and the multi-task heads against slow loops; resumption, degenerate batches, multi-hot labels, sets of labels as classes."
+import itertools, math, warnings
+from dataclasses import replace
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from hiermetric.aam import CombinedMargin, unit
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import Rule, create_rule
-from hiermetric.heads import create_head
-from hiermetric.multitask import PartialMargin, join_modalities, match_clusters, pseudo_classes, rank_report
+from hiermetric.datasets import ImageTable
+from hiermetric.features import Features
+from hiermetric.heads import Model, create_head
+from hiermetric.multitask import PartialMargin, join_modalities, label_probs, label_report, match_clusters, powerset, pseudo_classes, rank_report, read_multi_hot, rows_of_files, with_label_sets
 from hiermetric.retrieval import kmeans
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import embeddings, fit, toy_features
+from hiermetric.training import embeddings, fit, predict, toy_features
 from hiermetric.unseen import known_ancestor
 
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})
@@ -265,7 +268,6 @@ def test_runs_resume_bit_for_bit_and_models_come_back(name, tmp_path):
         again = fit(TOY, **kw, out=out)
         assert again.history.drop(columns='seconds').equals(whole.history.drop(columns='seconds'))
         for (k, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values()): assert torch.equal(a, b), k
-    from hiermetric.heads import Model
     back = Model.load(tmp_path/'whole'/'model'); q = TOY.of('test')[0]
     assert torch.equal(back.node_probs(q), whole.model.node_probs(q)) and torch.equal(back.represent(q), whole.model.represent(q))
     assert whole.history.val_top1.iloc[-1] > 1.5/TAX.n_leaves and len(embeddings(back, TOY, 'test')) == len(q)
@@ -315,3 +317,153 @@ def test_settings_that_make_no_sense():
     for name, kw, word in (('diva', dict(shared=-1.), 'at least 0'), ('diva', dict(weights=[1., 1.]), '4 parts and 2 weights'), ('divide_conquer', dict(dim=10, learners=3), 'shared evenly'),
                            ('bier', dict(sizes=[]), 'at least one part'), ('sndl', dict(ce=-1.), 'at least 0'), ('diva', dict(pair_loss='tripplet'), 'triplet'), ('diva', dict(dim=0), 'dimension')):
         with pytest.raises(HiermetricError, match=word): create_head(name, 8, TAX, **kw)
+
+# sets of labels
+
+LABELS = ['sand', 'water', 'boat', 'a/b', 'übrig']
+GRADED = dict(diva=dict(pair_loss='tree_supcon', miner=None), divide_conquer=dict(pair_loss='tree_supcon', miner=None), bier={}, sndl={})
+
+def scenes(n=500, C=3, seed=0, noise=.5):
+    "Features that are sums of their labels' directions, some without any label"
+    rng = np.random.default_rng(seed); y = (rng.random((n, C)) < .4).astype(int)
+    x = (y@rng.normal(size=(C, 16)) + noise*rng.normal(size=(n, 16))).astype(np.float16)
+    return Features(x, np.zeros(n, dtype=int), np.resize(['train', 'train', 'train', 'val', 'test'], n), TAX, paths=np.array([f'/photos/{i % 7}/{i}.jpg' for i in range(n)])), y
+
+def written(folder, y, names, labels=LABELS):
+    pd.DataFrame(y, names, labels[:np.shape(y)[1]]).to_csv(folder/'labels.csv'); return folder/'labels.csv'
+
+@pytest.fixture(scope='module')
+def scene(tmp_path_factory):
+    f, y = scenes(); order = np.random.default_rng(1).permutation(len(f))   # rows in another order, names of another length
+    return *with_label_sets(f, written(tmp_path_factory.mktemp('labels'), y[order], [f.paths[i] if i % 2 else f.paths[i].split('/', 2)[2] for i in order])), y
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 10**6))
+def test_powerset_is_the_loop(n, C, seed):
+    rng = np.random.default_rng(seed); y = (rng.random((n, C)) < rng.random(C)).astype(int)
+    tax, t, sets = powerset(pd.DataFrame(y, columns=LABELS[:C]))
+    assert sets.shape == (len(tax), C) and not sets.iloc[0].any() and tax.n_leaves == len(tax) - 1 == len({tuple(o) for o in y.tolist()})
+    for i in range(n):
+        own = [LABELS[j] for j in range(C) if y[i, j]]
+        assert tax.names[t[i]] == (' + '.join(own) or 'none') and sets.iloc[t[i]].tolist() == y[i].tolist()
+    # probabilities, set by set and label by label
+    p = tax.node_probs(torch.from_numpy(rng.dirichlet(np.ones(tax.n_leaves), size=4))); got = label_probs(p, sets, tax)
+    for i in range(4):
+        for j in range(C): assert abs(float(got[i, j]) - sum(float(p[i, v]) for v in tax.leaves if sets.iloc[v, j])) < 1e-9
+
+def test_label_probs_of_paths_are_node_probs():
+    p = TAX.node_probs(torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(TAX.n_leaves), size=5)))
+    assert torch.allclose(label_probs(p, TAX.multi_hot(np.arange(len(TAX)))[:, 1:], TAX), p[:, 1:])
+
+def test_label_report_is_the_loop():
+    rng = np.random.default_rng(0); y = (rng.random((30, 4)) < .3).astype(int); y[:, 3] = 0; p = torch.from_numpy(rng.random((30, 4)))
+    report = label_report(p, pd.DataFrame(y, columns=LABELS[:4]))
+    for j in range(3):
+        order = sorted(range(30), key=lambda i: -float(p[i, j])); hits, found = [], 0
+        for place, i in enumerate(order, 1):
+            if y[i, j]: found += 1; hits.append(found/place)
+        assert abs(report['average precision'].iloc[j] - np.mean(hits)) < 1e-9 and report.images.iloc[j] == len(hits) and report['share'].iloc[j] == len(hits)/30
+    assert math.isnan(report['average precision'].iloc[3]) and list(report.index) == LABELS[:4]
+    for bad in (p[:5], p*math.nan):
+        with pytest.raises(HiermetricError, match='images, labels'): label_report(bad, pd.DataFrame(y))
+
+def test_labels_are_joined_by_path(scene):
+    labelled, sets, y = scene; f, _ = scenes()
+    assert labelled.x is f.x or (labelled.x == f.x).all(); assert (labelled.split == f.split).all() and (labelled.paths == f.paths).all()
+    assert (sets.to_numpy()[labelled.targets] == y).all() and labelled.taxonomy.n_leaves == 8 and 'none' in labelled.taxonomy.leaf_names
+    assert labelled.meta['labels'] == LABELS[:3] and labelled.meta['unused_rows'] == 0 and labelled.meta['sets_without_training'] == []
+
+def test_a_table_of_images_takes_the_same_labels(tmp_path):
+    f, y = scenes(40); table = ImageTable(pd.DataFrame({'path': f.paths, 'class': str(TAX.leaf_names[0]), 'split': f.split}), TAX, 'photos', tmp_path)
+    csv = written(tmp_path, y, [f'{i}.jpg' for i in range(40)]); labelled, sets = with_label_sets(table, csv); vectors, same = with_label_sets(f, csv)
+    assert (labelled.targets == vectors.targets).all() and labelled.taxonomy.fingerprint == vectors.taxonomy.fingerprint and sets.equals(same)
+    assert 'sets of 3 labels' in labelled.notes[-1] and labelled.fingerprint != table.fingerprint
+
+@names
+def test_losses_with_sets_are_losses_of_rows(name, scene):
+    labelled, sets, _ = scene; x, t = (o[:48] for o in labelled.of('train')); rows = torch.tensor(sets.to_numpy())[t].float()
+    def loss(y, given):
+        torch.manual_seed(0); head = create_head(name, 16, labelled.taxonomy, **SMALL[name] | GRADED[name] | dict(sets=given)); head.prepare(*labelled.of('train'))
+        head.rows = torch.arange(48); torch.manual_seed(1); return head.loss(x, y), head
+    (a, head), (b, _), (c, _) = loss(t, sets), loss(rows, sets.to_numpy().tolist()), loss(t.tolist(), torch.tensor(sets.to_numpy()))
+    assert torch.equal(a, b) and torch.equal(a, c) and a.isfinite() and a > 0 and head.n_labels == 3
+    assert head.count.sum() == 48   # class means of the sets
+    with pytest.raises(HiermetricError, match='every label of `sets`, 3 of them, not 7'): head.loss(x, torch.zeros(48, 7))
+
+def test_sndl_with_sets_is_the_loop(scene):
+    labelled, sets, _ = scene; x, t = (o[:30] for o in labelled.of('train'))
+    torch.manual_seed(0); head = create_head('sndl', 16, labelled.taxonomy, dim=8, dropout=0., memory=0., sets=sets); head.prepare(*labelled.of('train')); head.rows = torch.arange(30)
+    part = slow_parts(head, x)[0]; z = 16*(torch.stack(part)@head.classes.weight.T + head.classes.bias); y = [set(np.flatnonzero(sets.iloc[v])) for v in t.tolist()]; near, classes = [], []
+    for i in range(30):
+        w = [len(y[i] & y[k])/max(len(y[i] | y[k]), 1) for k in range(30)]; soft = [math.exp((float(part[i]@part[k]) - 1)/.05) for k in range(30)]
+        if any(w[k] for k in range(30) if k != i): near.append(-math.log(sum(w[k]*soft[k] for k in range(30) if k != i)/sum(soft[k] for k in range(30) if k != i)))
+        classes.append(-np.mean([float(F.logsigmoid(z[i, j] if j in y[i] else -z[i, j])) for j in range(3)]))
+    assert len(near) < 30 and abs(float(head.loss(x, t)) - np.mean(near) - np.mean(classes)) < 2e-3   # images without labels have no neighbours
+
+@names
+def test_a_table_goes_through_fit_and_back(name, scene, tmp_path):
+    labelled, sets, _ = scene; kw = SMALL[name] | GRADED[name] | dict(sets=sets)
+    run = fit(labelled, name, head_kw=kw, sampler='m_per_class', epochs=6, batch_size=64, device='cpu', out=tmp_path/'run')
+    p = label_probs(predict(run.model, labelled, 'test'), sets, labelled.taxonomy); truth = sets.iloc[labelled.of('test')[1].numpy()]
+    report = label_report(p, truth); assert (report['average precision'] > report['share'] + .25).all()
+    back = Model.load(tmp_path/'run'/'model'); x = labelled.of('test')[0]
+    assert back.head.sets == sets.to_numpy().tolist() and torch.equal(back.head.node_labels, run.model.head.node_labels)
+    assert torch.equal(back.node_probs(x), run.model.node_probs(x)) and torch.equal(back.represent(x), run.model.represent(x))
+    again = fit(labelled, name, head_kw=kw, sampler='m_per_class', epochs=6, batch_size=64, device='cpu', out=tmp_path/'run')   # the finished run
+    assert again.best_epoch == run.best_epoch and again.settings['head_kw']['sets'] == sets.to_numpy().tolist()
+    with pytest.raises(HiermetricError, match='other settings'): fit(labelled, name, head_kw=kw | dict(sets=1 - sets.to_numpy()), sampler='m_per_class', epochs=6, batch_size=64, device='cpu', out=tmp_path/'run')
+
+@names
+@pytest.mark.parametrize('bad', ['no labels', 'all labels', 'one label', 'one image', 'empty'])
+def test_sets_that_teach_little_are_finite(name, bad):
+    y = np.ones((4, 1), dtype=int) if bad == 'one label' else np.array(list(itertools.product([0, 1], repeat=2))); y[0] = 0
+    tax, t, sets = powerset(pd.DataFrame(y, columns=LABELS[:y.shape[1]])); t = torch.as_tensor(t)[{'no labels': [0]*6, 'all labels': [3]*6, 'one label': [0, 1]*3, 'one image': [1], 'empty': []}[bad]].long()
+    torch.manual_seed(0); head = create_head(name, 16, tax, **SMALL[name] | GRADED[name] | dict(sets=sets)); x = torch.randn(len(t), 16, requires_grad=True); head.prepare(x, t); head.rows = torch.arange(len(t))
+    loss = head.loss(x, t); loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in head.parameters())
+    head.conclude(x.detach(), t); p = label_probs(head.node_probs(torch.randn(3, 16)).detach(), sets, tax); assert p.isfinite().all() and (p <= 1 + 1e-6).all()
+
+def test_one_label_is_yes_or_no(tmp_path):
+    f, y = scenes(200, 1, noise=.2); labelled, sets = with_label_sets(f, written(tmp_path, y, [f'{i}.jpg' for i in range(200)]))
+    assert labelled.taxonomy.leaf_names == ('none', 'sand') and sets['sand'].tolist() == [0, *(int(o == 'sand') for o in labelled.taxonomy.names[1:])]
+    run = fit(labelled, 'sndl', head_kw=dict(sets=sets, dim=8), epochs=6, batch_size=32, device='cpu')
+    assert label_report(label_probs(predict(run.model, labelled, 'test'), sets, labelled.taxonomy), sets.iloc[labelled.of('test')[1].numpy()])['average precision'].item() > .8
+
+def test_tables_that_cannot_be_read(tmp_path):
+    for text, word in (('', 'Cannot read'), ('image,a\n', 'holds no labels'), ('image\nx.jpg\n', 'holds no labels'), ('image,a\nx.jpg,2\n', "'a' of 'x.jpg' is '2'"), ('image,a,b\nx.jpg,1,\n', "'b' of 'x.jpg' is ''"),
+                       ('image,a,b\nx.jpg,1,0\ny.jpg,1\n', "'b' of 'y.jpg'"), ('image,a\nx.jpg,1,0\n', 'Cannot read'), ('image,a,a\nx.jpg,1,0\n', "label 'a' occurs twice"), ('image,a\nx.jpg,1\n x.jpg,1\n', "image 'x.jpg' occurs twice"),
+                       ('image,a,\nx.jpg,1,0\n', 'label 2 has no name'), ('image,a\nx.jpg,1\n,0\n', 'image 2 has no name')):
+        (tmp_path/'labels.csv').write_text(text)
+        with pytest.raises(HiermetricError, match=word): read_multi_hot(tmp_path/'labels.csv')
+    (tmp_path/'labels.csv').write_text('\ufeffimage, water ,007\nx.jpg,1.0,0\n1e3,0,1\n', encoding='utf-8'); table = read_multi_hot(tmp_path/'labels.csv')
+    assert list(table.columns) == ['water', '007'] and list(table.index) == ['x.jpg', '1e3'] and table.to_numpy().tolist() == [[1, 0], [0, 1]]
+
+@pytest.mark.filterwarnings('ignore:1 of 7 sets')
+def test_labels_that_do_not_fit_the_images(tmp_path):
+    f, y = scenes(40); names = [f'{i}.jpg' for i in range(40)]
+    def joined(y, names, **kw): return with_label_sets(f, written(tmp_path, y, names), **kw)
+    with pytest.raises(HiermetricError, match='no row for 2 of 40 images, the first /photos/3/38.jpg'): joined(y[:38], names[:38])
+    with pytest.raises(HiermetricError, match='2 rows for /photos/0/0.jpg'): joined(np.r_[y, y[:1]], [*names, '/photos/0/0.jpg'])
+    with pytest.raises(HiermetricError, match='fits /photos/0/0.jpg as well as /photos/1/0.jpg'): with_label_sets(replace(f, paths=np.array(['/photos/0/0.jpg', '/photos/1/0.jpg', *f.paths[2:]])), written(tmp_path, y, names))
+    with pytest.raises(HiermetricError, match='at most 3 may be classes'): joined(y, names, most=3)
+    with pytest.raises(HiermetricError, match='a class needs another'): joined(y*0, names)
+    with pytest.raises(HiermetricError, match='`paths` is None'): with_label_sets(replace(f, paths=None), written(tmp_path, y, names))
+    with pytest.raises(HiermetricError, match="name 'all sets'"): powerset(pd.DataFrame(np.eye(2), columns=['all sets', 'b']))
+    with pytest.raises(HiermetricError, match="name 'none'"): powerset(pd.DataFrame([[0, 0], [1, 0]], columns=['none', 'b']))
+    with pytest.warns(UserWarning, match='3 of 43 rows'): more = joined(np.r_[y, y[:3]], [*names, 'x.jpg', 'y.jpg', 'z.jpg'])[0]
+    assert more.meta['unused_rows'] == 3
+    y = np.zeros((40, 3), dtype=int); y[::2, 0] = 1; y[3] = 1   # image 3 validates
+    with pytest.warns(UserWarning, match='1 of 3 sets of labels have no training image.*sand . water . boat'): lone, sets = joined(y, names)
+    assert lone.meta['sets_without_training'] == ['sand + water + boat']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning); assert rows_of_files(names, f.paths, 'x').tolist() == list(range(40))
+    run = fit(lone, 'sndl', head_kw=dict(sets=sets, dim=8), epochs=1, batch_size=8, device='cpu'); assert run.history.val_nll.notna().all()
+
+def test_sets_that_make_no_sense(scene):
+    labelled, sets, _ = scene; tax, y = labelled.taxonomy, sets.to_numpy()
+    for kw, word in ((dict(sets=y[1:]), 'each of the 9 nodes'), (dict(sets=y[:, :0]), 'at least one label'), (dict(sets=y*2), 'other numbers'), (dict(sets=y.astype(float)*math.nan), 'other numbers'), (dict(sets='labels.csv'), 'no table of numbers'), (dict(sets=y, paths=True), 'one of the two')):
+        with pytest.raises(HiermetricError, match=word): create_head('sndl', 16, tax, **kw)
+    for name, kw in (('diva', {}), ('divide_conquer', {}), ('diva', dict(pair_loss='tree_triplet')), ('divide_conquer', dict(pair_loss='multi_similarity', miner=None))):
+        with pytest.raises(HiermetricError, match="pair_loss='tree_supcon'"): create_head(name, 16, tax, sets=sets, **kw)
+    with pytest.raises(HiermetricError, match="pair_loss='tree_supcon'"): create_head('diva', 16, TAX, paths=True)
+    with pytest.raises(HiermetricError, match='each of the 9 nodes'): label_probs(tax.node_probs(torch.full((1, 8), 1/8)), y[1:], tax)
