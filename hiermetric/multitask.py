@@ -384,11 +384,12 @@ def rows_of_files(
 )->np.ndarray: # (m,) which name each image goes by
     "Find each image's row in a table"
     known = {Path(o).parts: i for i, o in enumerate(names)}; lengths = sorted({len(o) for o in known})
+    if twice := [(o, names[known[Path(o).parts]]) for i, o in enumerate(names) if known[Path(o).parts] != i]: raise HiermetricError(f"{source}: the names {twice[0][0]!r} and {twice[0][1]!r} are one path; keep one of the two rows.")
     found, owner = [{known[q] for k in lengths if (q := Path(o).parts[-k:]) in known} for o in files], {}
     if bare := [o for o, f in zip(files, found) if not f]: raise HiermetricError(f"{source} has no row for {len(bare):,} of {len(found):,} images, the first {bare[0]}. Give them rows, of zeros where an image has none of the labels, or leave these images out.")
     for o, f in zip(files, found):
         if len(f) > 1: raise HiermetricError(f"{source} has {len(f)} rows for {o}: {' and '.join(repr(names[i]) for i in sorted(f))}. Keep one.")
-        if (first := owner.setdefault(i := min(f), o)) is not o: raise HiermetricError(f"{source}: the name {names[i]!r} fits {first} as well as {o}; write more of their paths.")
+        if (first := owner.setdefault(i := min(f), o)) != o: raise HiermetricError(f"{source}: the name {names[i]!r} fits {first} as well as {o}; write more of their paths.")
     return np.array([min(f) for f in found], dtype=np.int64)
 
 # %% ../nbs/13_multitask.ipynb #c7099dd2
@@ -417,9 +418,9 @@ def with_label_sets(
     rows = rows_of_files(table.index, list(files), path)
     tax, targets, sets = powerset(table.iloc[rows])
     if not 2 <= tax.n_leaves <= most: raise HiermetricError(f"{path}: the {len(rows):,} images have {tax.n_leaves:,} different sets of labels, and {'a class needs another' if tax.n_leaves < 2 else f'at most {most:,} may be classes; leave out labels that few images have, or raise `most`'}.")
-    strange = sorted(set(targets) - set(targets[np.asarray(split) == 'train'])); unused = len(table) - len(rows)
+    strange = sorted(set(targets) - set(targets[np.asarray(split) == 'train'])); unused = len(table) - len(np.unique(rows))
     if unused: warnings.warn(f"{unused:,} of {len(table):,} rows in {path} belong to none of the images; the others count.", stacklevel=2)
-    if strange: warnings.warn(f"{len(strange):,} of {tax.n_leaves:,} sets of labels have no training image, so no image will be given them ({', '.join(tax.names[i] for i in strange[:3])}{', …' if len(strange) > 3 else ''}).", stacklevel=2)
+    if strange: warnings.warn(f"{len(strange):,} of {tax.n_leaves:,} sets of labels have no training image, so nothing can be learnt about them ({', '.join(tax.names[i] for i in strange[:3])}{', …' if len(strange) > 3 else ''}).", stacklevel=2)
     about = dict(labels=list(table.columns), unused_rows=unused, sets_without_training=[str(tax.names[i]) for i in strange])
     if vectors: return replace(data, targets=targets, taxonomy=tax, meta=data.meta | about), sets
     return replace(data, samples=data.samples.assign(**{'class': [tax.names[i] for i in targets]}), taxonomy=tax, notes=(*data.notes, f'labelled with sets of {len(table.columns)} labels from {Path(path).name}; {unused:,} rows unused')), sets

@@ -3,6 +3,7 @@ import itertools, math, warnings
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 from hiermetric.aam import CombinedMargin, unit
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import Rule, create_rule
@@ -379,6 +380,16 @@ def test_a_table_of_images_takes_the_same_labels(tmp_path):
     assert (labelled.targets == vectors.targets).all() and labelled.taxonomy.fingerprint == vectors.taxonomy.fingerprint and sets.equals(same)
     assert 'sets of 3 labels' in labelled.notes[-1] and labelled.fingerprint != table.fingerprint
 
+def test_pictures_with_labels_go_through_fit(tmp_path):
+    "Red and blue, either, both or none, from the files on"
+    rng = np.random.default_rng(0); y = (rng.random((90, 2)) < .5).astype(int)
+    for i, hot in enumerate(y): Image.fromarray((rng.integers(0, 30, (32, 32, 3)) + 200*np.array([hot[0], 0, hot[1]])).astype(np.uint8)).save(tmp_path/f'{i}.png')
+    table = ImageTable(pd.DataFrame({'path': [str(tmp_path/f'{i}.png') for i in range(90)], 'class': str(TAX.leaf_names[0]), 'split': np.resize(['train', 'train', 'val'], 90)}), TAX, 'colours', tmp_path)
+    labelled, sets = with_label_sets(table, written(tmp_path, y, [f'{i}.png' for i in range(90)], ['red', 'blue']))
+    run = fit(labelled, 'sndl', head_kw=dict(sets=sets, dim=8), backbone='timm:test_efficientnet', backbone_kw=dict(pretrained=False), image_size=32, batch_size=16, lr=5e-3, epochs=3, device='cpu')
+    report = label_report(label_probs(predict(run.model, labelled, 'val'), sets, labelled.taxonomy), sets.iloc[labelled.targets[labelled.samples['split'] == 'val']])
+    assert (report['average precision'] > report['share'] + .2).all()
+
 @names
 def test_losses_with_sets_are_losses_of_rows(name, scene):
     labelled, sets, _ = scene; x, t = (o[:48] for o in labelled.of('train')); rows = torch.tensor(sets.to_numpy())[t].float()
@@ -445,6 +456,7 @@ def test_labels_that_do_not_fit_the_images(tmp_path):
     with pytest.raises(HiermetricError, match='no row for 2 of 40 images, the first /photos/3/38.jpg'): joined(y[:38], names[:38])
     with pytest.raises(HiermetricError, match='2 rows for /photos/0/0.jpg'): joined(np.r_[y, y[:1]], [*names, '/photos/0/0.jpg'])
     with pytest.raises(HiermetricError, match='fits /photos/0/0.jpg as well as /photos/1/0.jpg'): with_label_sets(replace(f, paths=np.array(['/photos/0/0.jpg', '/photos/1/0.jpg', *f.paths[2:]])), written(tmp_path, y, names))
+    with pytest.raises(HiermetricError, match="'0.jpg' and './0.jpg' are one path"): joined(np.r_[y, y[:1]], [*names, './0.jpg'])
     with pytest.raises(HiermetricError, match='at most 3 may be classes'): joined(y, names, most=3)
     with pytest.raises(HiermetricError, match='a class needs another'): joined(y*0, names)
     with pytest.raises(HiermetricError, match='`paths` is None'): with_label_sets(replace(f, paths=None), written(tmp_path, y, names))
@@ -456,7 +468,7 @@ def test_labels_that_do_not_fit_the_images(tmp_path):
     with pytest.warns(UserWarning, match='1 of 3 sets of labels have no training image.*sand . water . boat'): lone, sets = joined(y, names)
     assert lone.meta['sets_without_training'] == ['sand + water + boat']
     with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning); assert rows_of_files(names, f.paths, 'x').tolist() == list(range(40))
+        warnings.simplefilter('error', UserWarning); assert rows_of_files(names, f.paths, 'x').tolist() == list(range(40)); assert rows_of_files(['0.jpg'], ['/photos/0.jpg', ''.join(['/photos/', '0.jpg'])], 'x').tolist() == [0, 0]   # one file, twice
     run = fit(lone, 'sndl', head_kw=dict(sets=sets, dim=8), epochs=1, batch_size=8, device='cpu'); assert run.history.val_nll.notna().all()
 
 def test_sets_that_make_no_sense(scene):
