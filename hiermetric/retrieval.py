@@ -35,9 +35,13 @@ class Neighbours:
     def __getitem__(self, at)->Neighbours: return Neighbours(self.rows[at], self.distances[at])
 
 # %% ../nbs/13_retrieval.ipynb #ec6ef641
+def _tensor(x:Any)->Tensor:
+    "An array that may only be read is copied, since a tensor can be written to"
+    return torch.as_tensor(np.require(x, requirements='W') if isinstance(x, np.ndarray) else x).detach()
+
 def _embeddings(x:Any, what:str, dim:int|None=None)->Tensor: # (n, D) float32
     "Finite rows of the right width, or an error that names the first that is not"
-    x = torch.as_tensor(x).detach()
+    x = _tensor(x)
     if x.ndim != 2: raise HiermetricError(f"The {what} must be (images, features), not of shape {tuple(x.shape)}.")
     if dim is not None and x.shape[1] != dim: raise HiermetricError(f"The {what} have {x.shape[1]} features and the gallery has {dim}; do both come from the same model?")
     x = x.float().cpu()
@@ -47,21 +51,35 @@ def _embeddings(x:Any, what:str, dim:int|None=None)->Tensor: # (n, D) float32
 def _ready(x:Any, metric:str, what:str, dim:int|None=None)->Tensor: # (n, D) float32, of length 1 for the cosine
     return unit(_embeddings(x, what, dim)) if choice('distance', metric, DISTANCES) == 'cosine' else _embeddings(x, what, dim)
 
+def _pair(queries:Any, gallery:Any, metric:str)->tuple[Tensor, Tensor]: # both `_ready`, and the same where they are
+    g = _ready(gallery, metric, 'gallery')
+    return g if queries is gallery else _ready(queries, metric, 'queries', g.shape[1]), g
+
 # %% ../nbs/13_retrieval.ipynb #828634fb
-def _nearest(q:Tensor, gallery:Tensor|np.ndarray, k:int, metric:str, own:Tensor|None=None, alive:Tensor|None=None, cells:int=2**23)->Neighbours:
+def _top(s:Tensor, k:int)->tuple[Tensor, Tensor]: # (b, n) → (b, k) values, largest first, and (b, k) places
+    "`topk`, looked for only in the k columns with the largest maxima"
+    n = s.shape[1]; fold = min(16, int((n/k)**.5)); m = n//fold
+    if fold < 2: return s.topk(k, 1)
+    columns = s[:, :m*fold].unflatten(1, (fold, m)).amax(1).topk(k, 1, sorted=False).indices
+    at = torch.cat([(columns[:, None] + m*torch.arange(fold)[:, None]).flatten(1), torch.arange(m*fold, n).expand(len(s), -1)], 1)   # and the end, which fills no row
+    best, i = s.gather(1, at).topk(k, 1)
+    return best, at.gather(1, i)
+
+def _nearest(q:Tensor, gallery:Tensor|np.ndarray, k:int, metric:str, own:Tensor|None=None, alive:Tensor|None=None)->Neighbours:
     "`neighbours` for rows that are `_ready`; `alive` (n,) bool leaves rows out"
     n, K = len(gallery), min(k, len(gallery))
     best, rows = torch.full((len(q), K), -math.inf), torch.full((len(q), K), -1)
     for part in _rows(n, 1, 2**16):
-        g = torch.as_tensor(gallery[part]); half = g.square().sum(1)/2 if metric == 'euclidean' else 0
-        for few in _rows(len(q), len(g), cells):
-            s = q[few]@g.T - half
+        g = torch.as_tensor(gallery[part]); half = g.square().sum(1)/2 if metric == 'euclidean' else None
+        for few in _rows(len(q), len(g)):
+            s = q[few]@g.T
+            if half is not None: s -= half
             if alive is not None: s[:, ~alive[part]] = -math.inf
             if own is not None:
                 mine = own[few] - part.start; i = ((mine >= 0) & (mine < len(g))).nonzero()[:, 0]; s[i, mine[i]] = -math.inf
-            top = s.topk(min(K, len(g)), 1)
-            if n == len(g): best[few], rows[few] = top; continue
-            s, i = torch.cat([best[few], top.values], 1), torch.cat([rows[few], top.indices + part.start], 1)
+            top, i = _top(s, min(K, len(g)))
+            if n == len(g): best[few], rows[few] = top, i; continue
+            s, i = torch.cat([best[few], top], 1), torch.cat([rows[few], i + part.start], 1)
             best[few], at = s.topk(K, 1); rows[few] = i.gather(1, at)
     rows[best == -math.inf] = -1
     d = 1 - best if metric == 'cosine' else q.square().sum(1, keepdim=True) - 2*best
@@ -77,7 +95,7 @@ def neighbours(
 )->Neighbours:
     "The exact nearest rows"
     if not isinstance(k, int) or k < 1: raise HiermetricError(f"The number of neighbours must be 1, 2, …, not {k!r}.")
-    g = _ready(gallery, metric, 'gallery'); q = _ready(queries, metric, 'queries', g.shape[1])
+    q, g = _pair(queries, gallery, metric)
     if not len(g): raise HiermetricError("The gallery is empty; nothing is near anything.")
     return _measured(_nearest(q, g, k, metric, _own(own, len(q), len(g))), q, g, metric)
 
@@ -95,7 +113,7 @@ def _own(own:Any, queries:int, gallery:int)->Tensor|None:
     if own is True:
         if queries != gallery: raise HiermetricError(f"own=True says that query i is row i of the gallery, but there are {queries} queries and {gallery} rows.")
         return torch.arange(queries)
-    own = torch.as_tensor(own).long()
+    own = _tensor(own).long()
     if own.shape != (queries,) or (own >= gallery).any(): raise HiermetricError(f"own must hold one row of the gallery (below {gallery}) for each of {queries} queries, −1 where there is none.")
     return own
 
@@ -276,7 +294,7 @@ def vote_probs(
     choice('rule', rule, list(VOTES)[:3]); d = near.distances.double()
     if rule == 'weighted': w = 1/(d + 1e-6)
     else: w = (torch.arange(d.shape[1]) == 0).double().expand_as(d) if rule == 'nearest' else (1 + 1e-4*.5**torch.arange(d.shape[1], dtype=torch.float64)).expand_as(d)   # the nearest decides between equals
-    w = w.masked_fill(near.rows < 0, 0); nodes = torch.as_tensor(targets)[near.rows.clamp_min(0)]
+    w = w.masked_fill(near.rows < 0, 0); nodes = _tensor(targets)[near.rows.clamp_min(0)]
     votes = torch.zeros(len(d), len(tax), dtype=torch.float64).scatter_add_(1, nodes, w).cumsum(1)
     upto = F.pad(votes, (1, 0))
     return ((upto[:, tax.tensor('last') + 1] - upto[:, :-1])/upto[:, -1:].clamp_min(1e-300)).clamp_(0, 1).float()
@@ -377,7 +395,7 @@ def ranking_scores(
     at_r:bool=True, # R-precision and MAP@R as well; needs K ≥ R
 )->dict[str,Tensor]: # precision@1, recall@k …, r_precision, map@r: (B,) float64, NaN where nothing is relevant
     "The scores of @eq-retrieval, query by query"
-    rel, R = torch.as_tensor(relevant).bool(), torch.as_tensor(total)
+    rel, R = _tensor(relevant).bool(), _tensor(total)
     if rel.ndim != 2 or R.shape != (len(rel),): raise HiermetricError(f"Give one row of relevances and one total a query, not shapes {tuple(rel.shape)} and {tuple(R.shape)}.")
     K, most = rel.shape[1], int(R.max()) if len(R) else 0
     if at_r and K < most: raise HiermetricError(f"R-precision and MAP@R of a query with {most} relevant images need the first {most} of its ranking, and {K} are given; give more, or leave the two out with at_r=False.")
@@ -395,7 +413,7 @@ def graded_scores(
     k:int=250, # of AHP@k; K where there are fewer
 )->dict[str,Tensor]: # hp@k for k = 1, 10, 100 as far as they go, ahp@k: (B,) float64
     "Hierarchical precision, query by query"
-    g, best = (torch.as_tensor(o).double()[:, :k].cumsum(1) for o in (gains, ideal))
+    g, best = (_tensor(o).double()[:, :k].cumsum(1) for o in (gains, ideal))
     if g.shape != best.shape or g.ndim != 2: raise HiermetricError(f"Give as many ideal gains as gains, not shapes {tuple(g.shape)} and {tuple(best.shape)}.")
     hp = torch.where(best > 0, g/best.clamp_min(1e-12), math.nan)
     return {f'hp@{o}': hp[:, o-1] for o in (1, 10, 100) if o <= hp.shape[1]} | {f'ahp@{k}': hp.nanmean(1)}
@@ -467,7 +485,7 @@ def retrieval_scores(
 )->dict[Any,pd.DataFrame]: # by rank, 'graded' and 'labels': B rows, a column a score
     "Every score of every query"
     if gallery is None: gallery, gallery_targets, own = queries, targets, True
-    g = _ready(gallery, metric, 'gallery'); q = _ready(queries, metric, 'queries', g.shape[1])
+    q, g = _pair(queries, gallery, metric)
     if own and len(q) > len(g): raise HiermetricError(f"own=True says that query i is row i of the gallery, but there are {len(q)} queries and {len(g)} rows.")
     judges = _judges(targets, gallery_targets, tax, at, tuple(k), graded, own, ranks, len(q), len(g))
     K = min(len(g) - own, max([*k, graded or 1, *(j.most for j in judges.values())]))
@@ -517,7 +535,7 @@ class _Labels:
 # %% ../nbs/13_retrieval.ipynb #4d58b9b3
 def _judges(targets, gallery_targets, tax, at, k, graded, own, ranks, B:int, n:int)->dict[Any,Any]:
     if tax is None:
-        y = [torch.as_tensor(o).float() for o in (targets, gallery_targets)]
+        y = [_tensor(o).float() for o in (targets, gallery_targets)]
         if any(o.ndim != 2 or not ((o == 0) | (o == 1)).all() for o in y) or y[0].shape[1] != y[1].shape[1] or (len(y[0]), len(y[1])) != (B, n): raise HiermetricError(f"Without a tree the labels must be rows of 0 and 1, one an image and one column a label; got shapes {tuple(y[0].shape)} and {tuple(y[1].shape)} for {B} queries and {n} images. For node ids give the tree: tax=….")
         return {'labels': _Labels(*y, k, graded, own)}
     u, v = check_targets(targets, tax, B), check_targets(gallery_targets, tax, n)
