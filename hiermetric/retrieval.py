@@ -49,7 +49,11 @@ def _embeddings(x:Any, what:str, dim:int|None=None)->Tensor: # (n, D) float32
     return x.contiguous()
 
 def _ready(x:Any, metric:str, what:str, dim:int|None=None)->Tensor: # (n, D) float32, of length 1 for the cosine
-    return unit(_embeddings(x, what, dim)) if choice('distance', metric, DISTANCES) == 'cosine' else _embeddings(x, what, dim)
+    x = _embeddings(x, what, dim)
+    if choice('distance', metric, DISTANCES) == 'euclidean': return x
+    out = torch.empty_like(x)
+    for few in _rows(*x.shape): out[few] = unit(x[few])   # beside the result, nothing of its size
+    return out
 
 def _pair(queries:Any, gallery:Any, metric:str)->tuple[Tensor, Tensor]: # both `_ready`, and the same where they are
     g = _ready(gallery, metric, 'gallery')
@@ -138,6 +142,7 @@ def _graph(x:np.ndarray, kind:str, metric:str)->Any: # a faiss index that holds 
         cells, parts = max(1, min(int(4*n**.5), n//39)), max(o for o in range(1, max(dim//part, 1) + 1) if dim % o == 0)
         store = faiss.index_factory(dim, f'IVF{cells},PQ{parts}x{bits}', space)
         store.cp.min_points_per_centroid = store.pq.cp.min_points_per_centroid = 1   # no warnings on the terminal
+        store.do_polysemous_training = False   # nine tenths of the time, for a filter that is not used
         store.train(x[np.random.default_rng(0).choice(n, min(n, 256*cells), replace=False)])
     store.add(x)
     return store

@@ -61,6 +61,32 @@ def test_a_gallery_as_float16_on_disk_serves(tmp_path):
     x, *_ = data(2); np.save(tmp_path/'x.npy', x.half().numpy()); g = np.load(tmp_path/'x.npy', mmap_mode='r')
     assert (neighbours(x[:5].half().float(), g, 1).rows[:, 0] == torch.arange(5)).all()
 
+def test_arrays_that_may_only_be_read_serve_without_a_warning(tmp_path):
+    "torch warns once a process, so in a process of its own, where a warning is an error"
+    x, t, tax, _ = data(6); np.save(tmp_path/'x.npy', x.numpy()); np.save(tmp_path/'t.npy', t); tax.save(tmp_path/'tax.npz')
+    code = f"""
+import numpy as np
+from hiermetric.retrieval import DISTANCES, Index, evaluate_retrieval, kmeans, neighbours, vote_probs
+from hiermetric.taxonomy import Taxonomy
+tax = Taxonomy.load({str(tmp_path/'tax.npz')!r}); x, t = (np.load({str(tmp_path)!r} + o, mmap_mode='r') for o in ('/x.npy', '/t.npy')); before = x.copy(); hot = tax.multi_hot(t); hot.flags.writeable = False
+for m in DISTANCES:
+    own = np.arange(9); own.flags.writeable = False
+    vote_probs(neighbours(x[:9], x, 3, m, own=own), t, tax); i = Index(x, t, tax, m); i.add(x[:3], t[:3]); i.search(x, 2)
+    o = Index.load(i.save({str(tmp_path/'i')!r})); o.search(x, 2); [(o.classify(x, 'leaf', r), o.node_probs(x, r)) for r in ('majority', 'mean')]
+    evaluate_retrieval(x, t, tax=tax, metric=m, clusters=True); evaluate_retrieval(x, hot, metric=m); kmeans(x, 3, m)
+assert (x == before).all(); print('fine')"""
+    run = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', code], capture_output=True, text=True)
+    assert run.stdout.strip() == 'fine', run.stderr
+
+@slowly
+@given(st.integers(0, 10**6))
+def test_the_largest_lie_in_the_columns_of_the_largest(seed):
+    "`_top` beside topk: any width, equal numbers, rows left out"
+    r = np.random.default_rng(seed); n, k = int(r.integers(1, 700)), int(r.integers(1, 40)); k = min(k, n)
+    s = torch.as_tensor(r.integers(0, int(r.integers(1, 3000)), (5, n))).float(); s[torch.as_tensor(r.random((5, n)) < .2)] = -math.inf
+    best, at = retrieval._top(s, k)
+    assert torch.equal(best, s.topk(k, 1).values) and torch.equal(s.gather(1, at), best) and all(len(set(o)) == k for o in at.tolist())
+
 def test_memory_does_not_grow_with_the_square():
     "20,000 against 20,000 would be 1.6 GB; the process may not take 300 MB more"
     code = """
