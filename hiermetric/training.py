@@ -769,7 +769,7 @@ class Run:
         right.plot(h.epoch, 100*h.val_top1, color='C1', label='validation top-1, %')
         ax.axvline(self.best_epoch, color='0.8', lw=1, zorder=0)
         ax.set(xlabel='epoch', ylabel='loss, NLL'); right.set_ylabel('top-1, %')
-        ax.legend(handles=[*ax.lines[:2], *right.lines], frameon=False, loc='center right')
+        right.legend(handles=[*ax.lines[:2], *right.lines], loc='center right', framealpha=.85, edgecolor='none')   # above both axes' curves
         return ax
 
     @property
