@@ -763,13 +763,13 @@ class Run:
     def plot(self, ax:'matplotlib.axes.Axes|None'=None)->'matplotlib.axes.Axes':
         "Loss and validation over the epochs, the kept epoch marked"
         import matplotlib.pyplot as plt
-        ax = ax or plt.subplots(figsize=(5, 3))[1]
+        ax = ax or plt.subplots(figsize=(5, 3), layout='constrained')[1]
         h, right = self.history, ax.twinx()
-        ax.plot(h.epoch, h.loss, color='0.6', label='training loss'); ax.plot(h.epoch, h.val_nll, color='C0', label='validation NLL')
-        right.plot(h.epoch, 100*h.val_top1, color='C1', label='validation top-1, %')
+        ax.plot(h.epoch, h.loss, color='0.6', label='training loss'); ax.plot(h.epoch, h.val_nll, color='C0', label='NLL')
+        right.plot(h.epoch, 100*h.val_top1, color='C1', label='top-1')
         ax.axvline(self.best_epoch, color='0.8', lw=1, zorder=0)
-        ax.set(xlabel='epoch', ylabel='loss, NLL'); right.set_ylabel('top-1, %')
-        right.legend(handles=[*ax.lines[:2], *right.lines], loc='center right', framealpha=.85, edgecolor='none')   # above both axes' curves
+        ax.set(xlabel='epoch', ylabel='training loss, validation NLL'); right.set_ylabel('validation top-1, %')
+        ax.legend(handles=[*ax.lines[:2], *right.lines], loc='upper center', bbox_to_anchor=(.5, -.2), ncols=3, frameon=False, fontsize='small', handlelength=1.2, columnspacing=1)
         return ax
 
     @property
