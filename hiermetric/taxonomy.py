@@ -182,6 +182,25 @@ class _Derived:
         return _frozen((self.heights[np.maximum(self.parents, 0)]-self.heights).astype(np.float64))
 
     @functools.cached_property
+    def heirs(self)->np.ndarray: # (N,) node ids
+        "The end of the chain that each node stands in: itself, unless it is an inner node below the root with a single child"
+        single = np.bincount(self.parents[1:], minlength=len(self))==1; single[0] = False
+        stays = np.flatnonzero(~single)
+        return _frozen(stays[np.searchsorted(stays, np.arange(len(self)))].astype(np.int32))
+
+    @functools.cached_property
+    def chainless(self)->Taxonomy: # M nodes, the same L leaves
+        "The tree of the chains' ends: what a model can tell apart; the tree itself where there is no chain"
+        keep = self.heirs==np.arange(len(self))
+        return self if keep.all() else self._kept(keep, {})
+
+    @functools.cached_property
+    def to_chainless(self)->np.ndarray: # (N,) ids in `chainless`
+        "Where each node's heir stands in `chainless`: `chainless_probs[..., tax.to_chainless]` are probabilities on the whole tree"
+        keep = self.heirs==np.arange(len(self))
+        return _frozen((np.cumsum(keep)-1)[self.heirs].astype(np.int32))
+
+    @functools.cached_property
     def _hashes(self)->tuple[np.ndarray,np.ndarray]: # (N,) sorted hashes of the names, (N,) the nodes in that order
         "Where `index` looks names up"
         return _hash_names(self.names)
