@@ -8,7 +8,7 @@ import csv, functools, os, re, sys, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, islice, repeat, zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -229,6 +229,10 @@ class Taxonomy(_Derived):
         contracted:Mapping[int,Sequence[str]]|None=None, # position → names that `prune` took out right above it
         hollow:Iterable[int]=(), # positions of childless nodes that are no classes; `prune` takes them out
         distinct:bool=False, # siblings are known to differ in name, so do not check
+        *,
+        ranks:Sequence[str]=(), # names of the ranks, from the top down
+        rank_of:Iterable[int]|None=None, # (N,) place of each node's rank in `ranks`, −1 where it has none
+        labels:Mapping[str,Sequence[int]]|None=None, # what a table calls a class → position of its node (several, where it is called alike)
     ):
         names, parents = _pack(names), np.asarray(parents if hasattr(parents, '__len__') else list(parents))
         if len(names)!=len(parents): raise TaxonomyError(f"There are {len(names)} names and {len(parents)} parents; every node has one of each.")
@@ -243,11 +247,14 @@ class Taxonomy(_Derived):
             parents = np.append(number, np.int32(-1))[parents[order]]
             names = names.take(order)
             contracted, hollow = {number[k]: v for k,v in (contracted or {}).items()}, [number[k] for k in hollow]
+            rank_of = None if rank_of is None else np.asarray(rank_of)[order]
+            labels = {k: [number[o] for o in v] for k,v in (labels or {}).items()}
         depths = _over_path(np.add, (parents>=0).astype(np.int32), parents)
         self.__dict__.update(
             names=names, parents=_frozen(parents), depths=_frozen(depths),
             heights=_frozen(_over_subtree(np.maximum, depths, parents)-depths), last=_frozen(np.arange(len(sizes), dtype=np.int32)+sizes-1),
-            contracted=MappingProxyType({int(k): tuple(v) for k,v in (contracted or {}).items()}), hollow=tuple(sorted(map(int, hollow))), _tensors={})
+            contracted=MappingProxyType({int(k): tuple(v) for k,v in (contracted or {}).items()}), hollow=tuple(sorted(map(int, hollow))), _tensors={},
+            ranks=tuple(ranks), rank_of=_frozen(np.full(len(parents), -1, np.int32) if rank_of is None else np.array(rank_of, np.int32)), labels=MappingProxyType({k: tuple(map(int, v)) for k,v in (labels or {}).items()}))
         if not distinct:
             for i in _twins(names, parents)[:1]: raise TaxonomyError(f"{names[int(parents[i])]!r} has two children named {names[i]!r}; give them different names.")
 
@@ -257,13 +264,18 @@ class Taxonomy(_Derived):
     def __hash__(self)->int: return hash(self.fingerprint)
     def __copy__(self)->Taxonomy: return self
     def __deepcopy__(self, memo:dict)->Taxonomy: return self
-    def __reduce__(self)->tuple: return Taxonomy, (self.names, self.parents, dict(self.contracted), self.hollow, True)
+    def __reduce__(self)->tuple: return _again, (self.names, self.parents, dict(self.contracted), self.hollow, self.ranks, self.rank_of, dict(self.labels))
     def __repr__(self)->str: return f"Taxonomy({self.names[0]!r}: {len(self):,} nodes, {self.n_leaves:,} leaves, height {self.height}, {self.fingerprint})"
 
     @functools.cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits
         "Hash of names and parents, the same on every machine"
         return fingerprint(self.parents.astype('<i4').data, self.names.ends.astype('<i8').data, self.names.blob)
+
+# %% ../nbs/00_taxonomy.ipynb #c4a17005
+def _again(names:Names, parents:np.ndarray, contracted:dict, hollow:Sequence[int], ranks:Sequence[str], rank_of:np.ndarray, labels:dict)->Taxonomy:
+    "What a pickle is read with"
+    return Taxonomy(names, parents, contracted, hollow, True, ranks=ranks, rank_of=rank_of, labels=labels)
 
 # %% ../nbs/00_taxonomy.ipynb #7813db89
 def _arrow(names:Sequence[str], most:int=8)->str: return ' → '.join([*names[:most], *(['…', names[-1]] if len(names)>most else [])])
@@ -325,6 +337,7 @@ def _find(self:Taxonomy, name:str)->int:
     whole = [i for i in found if self.path(i) in (name, f'{self.names[0]}/{name}')] if '/' in name and len(found)>1 else []
     if len(found)==1 or len(whole)==1: return (whole or found)[0]
     if found: raise TaxonomyError(f"{name!r} is the name of {len(found)} nodes, {_few([self.path(i) for i in found])}; give the path.")
+    if len(rows := self.labels.get(name, ()))==1: return rows[0]
     near = self.names if len(self)<10_000 else (o for o in self.names if o[:1]==name[:1] and abs(len(o)-len(name))<3)
     raise TaxonomyError(f"There is no {name!r} in the tree of {self.names[0]!r}.{did_you_mean(name, islice(near, 10_000))}")
 
@@ -339,6 +352,19 @@ def index(self:Taxonomy,
     found = _look_up(unique, self.names, self._hashes).tolist()
     ids = {o: i if i>=0 else self._find(o) for o,i in zip(unique, found)}
     return np.fromiter(map(ids.__getitem__, names), np.int64, len(names))
+
+@patch
+def label_index(self:Taxonomy,
+    labels:Iterable[str], # (B,) classes as the tree's table calls them; names or paths where there is no such table
+)->np.ndarray: # (B,) int64 node ids
+    "Nodes of classes by their rows of the table: a label is looked up among names only where no row has it"
+    labels = list(map(_clean, labels))
+    found = {o: rows[0] if len(rows := self.labels.get(o, ()))==1 else -1 for o in dict.fromkeys(labels)}
+    for o in [o for o,i in found.items() if i<0]:
+        if rows := self.labels.get(o): raise TaxonomyError(f"{o!r} is the label of {len(rows)} classes, {_few([self.path(i) for i in rows])}; give the path.")
+    left = [o for o,i in found.items() if i<0]
+    found.update(zip(left, self.index(left).tolist()))
+    return np.fromiter(map(found.__getitem__, labels), np.int64, len(labels))
 
 # %% ../nbs/00_taxonomy.ipynb #27337557
 def _is_tensor(x:Any)->bool: return 'torch' in sys.modules and isinstance(x, sys.modules['torch'].Tensor)
@@ -416,6 +442,15 @@ def path(self:Taxonomy,
     "The names from the root to a node"
     return sep.join(o for i in self.ancestors(node).tolist() for o in (*(self.contracted.get(i, ()) if contracted else ()), self.names[i]))
 
+# %% ../nbs/00_taxonomy.ipynb #c4a17012
+@patch
+def rank(self:Taxonomy,
+    node:int|str, # id or name
+)->str: # '' where it has none
+    "The name of a node's rank"
+    k = int(self.rank_of[self._nodes(node)[0]])
+    return self.ranks[k] if k>=0 else ''
+
 # %% ../nbs/00_taxonomy.ipynb #72a42e4f
 def _tidy(names:Iterable)->list[str]:
     "Clean names, and a warning that counts those that were not; nulls become blank"
@@ -475,20 +510,43 @@ def from_edges(cls:Taxonomy,
     return _from_pairs([o for o in names if o], children, above, root)
 
 # %% ../nbs/00_taxonomy.ipynb #ce6b94bf
-def _from_tuples(paths:Iterable[Sequence[str]], root:str)->Taxonomy:
+def _alike(a:str, b:str)->bool: return a==b or a.replace('_', ' ')==b.replace('_', ' ')   # a folder's name cannot always hold a blank
+
+def _ended(above:list[str], name:str)->list[str]: return above if above and _alike(above[-1], name) else [*above, name]
+
+def _own_rows(
+    rows:list[tuple[str,list[str]]], # label of a class ('' for none) and the path that its row gives
+)->list[list[str]]: # the path of each class
+    "A class is the taxon that its row ends in; where several labels share a taxon, those that it is not named after are classes below it"
+    labels = {}
+    for label,path in rows: labels.setdefault(tuple(path), {}).setdefault(label)
+    return [[*path, label] if label and (not path or len(labels[tuple(path)])>1 and not _alike(label, path[-1])) else path for label,path in rows]
+
+def _from_tuples(
+    paths:Iterable[Sequence[str]], # names below the root
+    root:str, # name of the node above all
+    places:Iterable[Sequence[int]]|None=None, # ranks of these names, −1 for none
+    ranks:Sequence[str]=(), # names of the ranks
+    labels:Iterable[str]=(), # what the class at the end of each path is called; '' for none
+)->Taxonomy:
     "The union of root paths below a root"
-    ids, names, parents = {}, [root], [-1]
-    for path in paths:
+    ids, names, parents, rank_of, ends = {}, [root], [-1], [-1], []
+    for path, at_rank in zip(paths, places or repeat(())):
         at = 0
-        for name in path:
+        for name, rank in zip_longest(path, at_rank, fillvalue=-1):
             key = at, name
             at = ids.get(key)
-            if at is None: at = ids[key] = len(names); names.append(name); parents.append(key[0])
+            if at is None: at = ids[key] = len(names); names.append(name); parents.append(key[0]); rank_of.append(rank)
+            elif rank_of[at]<0: rank_of[at] = rank
+        ends.append(at)
     if len(names)==1: raise TaxonomyError("The tree is empty; give it at least one class.")
     if root in names[1:]: raise TaxonomyError(f"A node has the name {root!r} of the root above all classes; choose another with root='…'.")
     twice = [k for k,n in Counter(names).items() if n>1] if len(set(names))<len(names) else []
     if twice: warnings.warn(f"{len(twice):,} names stand under several parents and want their path to be found: {_few(twice)}.", TaxonomyWarning, stacklevel=3)
-    return Taxonomy(names, parents, distinct=True)
+    nodes = {}
+    for label, at in zip(labels, ends):
+        if label: nodes.setdefault(label, {}).setdefault(at)
+    return Taxonomy(names, parents, distinct=True, ranks=ranks, rank_of=rank_of, labels=nodes)
 
 # %% ../nbs/00_taxonomy.ipynb #e2052f87
 @patch(cls_method=True)
@@ -497,57 +555,117 @@ def from_paths(cls:Taxonomy,
     sep:str='/', # between the ranks of a path that is a string
     root:str='root', # name of the node above all
 )->Taxonomy:
-    "Tree of a class → lineage mapping, or of whole paths"
+    "Tree of a class → lineage mapping, or of whole paths; a class that ends its own lineage is that taxon"
     def split(o:Any)->list: return o.split(sep) if isinstance(o, str) else [] if o is None or o!=o else list(o)
-    rows = [[*split(v), k] for k,v in paths.items()] if isinstance(paths, Mapping) else list(map(split, paths))
+    named = isinstance(paths, Mapping)
+    rows = [[*split(v), k] for k,v in paths.items()] if named else list(map(split, paths))
     flat = iter(_tidy(chain.from_iterable(rows)))
     clean = [list(islice(flat, len(o))) for o in rows]
     for k,o in enumerate(clean):
         if not o or not o[-1]: raise TaxonomyError(f"Path {k} (counted from 0) ends in a blank: {rows[k]!r}; name its class or remove it.")
-    return _from_tuples(([o for o in row if o] for row in clean), root)
+    clean = [[o for o in row if o] for row in clean]
+    if not named: return _from_tuples(clean, root)
+    labels = [o[-1] for o in clean]
+    return _from_tuples(_own_rows([(c, _ended(o[:-1], c)) for c,o in zip(labels, clean)]), root, labels=labels)
 
 # %% ../nbs/00_taxonomy.ipynb #52f4f63e
-_NULLS = {'', 'na', 'n/a', 'nan', 'null', 'none', r'\n'}
+_NULLS = {'', 'na', 'n/a', 'nan', 'null', 'none', r'\n', '-', 'unassigned', 'unranked'}
+_RANKS = ('domain superkingdom realm kingdom subkingdom infrakingdom superphylum phylum division subphylum subdivision infraphylum gigaclass megaclass superclass class subclass infraclass '
+          'cohort superorder order suborder infraorder parvorder superfamily epifamily family subfamily supertribe tribe subtribe genus subgenus species subspecies variety form').split()
+_PEOPLE = ('scientificname', 'scientific_name', 'scientific name', 'species', 'name')   # headings of a column with the name for people
 
-def _read_csv(path:Path, columns:Sequence[str])->Iterator[tuple[int,list[str]]]: # line number, cells of `columns`
-    "Cells of some columns, line by line"
+def _unnamed(cell:str)->bool: return _clean(cell).lower() in _NULLS or bool(re.search(r'\bincertae[ _]sedis\b', cell, re.I))
+
+def _read_csv(
+    path:Path, # with a header
+)->tuple[list[str],list[tuple[int,list[str]]]]: # headings; line number and cells of each row
+    "A table in which commas, tabs or semicolons part the cells"
     try:
         with path.open(encoding='utf-8-sig', newline='') as f:
             line = f.readline(); f.seek(0)
-            sep = max(',\t;', key=lambda o: sum(c.strip(' "\r\n') in columns for c in line.split(o)))
+            sep = max(',\t;', key=line.count)
             rows = csv.reader(f, delimiter=sep, strict=True, quoting=csv.QUOTE_NONE if sep=='\t' else csv.QUOTE_MINIMAL)
-            head = [o.strip() for o in next(rows, [])]
-            for c in columns:
-                if c not in head: raise TaxonomyError(f"{path} has no column {c!r}; it has {', '.join(map(repr, head)) or 'none'}.{did_you_mean(c, head)}")
-            at = [head.index(c) for c in columns]
+            head, out = [o.strip() for o in next(rows, [])], []
             for row in rows:
                 if row and len(row)!=len(head): raise TaxonomyError(f"{path}, line {rows.line_num}: {len(row)} cells under a header of {len(head)}; put quotes around a name that holds {sep!r}.")
-                if row: yield rows.line_num, [row[k] for k in at]
+                if row: out.append((rows.line_num, row))
+            return head, out
     except FileNotFoundError as e: raise TaxonomyError(f"There is no file {path}.") from e
     except UnicodeDecodeError as e: raise TaxonomyError(f"{path} is not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8.") from e
     except csv.Error as e: raise TaxonomyError(f"{path}, line {rows.line_num}: {e}; put quotes around the whole cell or nowhere.") from e
+
+def _column(path:Path, head:list[str], name:str, last:bool=False)->int:
+    "Where a heading stands: the first of its kind, or the last"
+    if name not in head: raise TaxonomyError(f"{path} has no column {name!r}; it has {', '.join(map(repr, head)) or 'none'}.{did_you_mean(name, head)}")
+    return len(head)-1-head[::-1].index(name) if last else head.index(name)
+
+# %% ../nbs/00_taxonomy.ipynb #c4a17007
+def _lineage_sep(path:Path, cells:list[str])->str:
+    "What separates the ranks in most lineages"
+    count = {o: sum(o in c for c in cells) for o in '/>;|'}
+    sep = max(count, key=count.get)
+    if sep!='/' and count[sep]: warnings.warn(f"{path}: lineages are separated by {sep!r}.", TaxonomyWarning, stacklevel=4)
+    return sep if count[sep] else '/'
+
+def _lineages(path:Path, head:list[str], rows:list[tuple[int,list[str]]], name:str, lineage:str, sep:str|None)->tuple[list[str],list[list[str]]]:
+    "Labels and paths of a table with a lineage"
+    l, c = (_column(path, head, o) for o in (lineage, name))
+    own = next((k for o in _PEOPLE for k,h in enumerate(head) if h.lower()==o and k not in (l, c)), c)   # the name for people
+    sep = sep or _lineage_sep(path, [row[l] for _,row in rows])
+    bare, cells = Counter(), []
+    for n,row in rows:
+        if not _clean(row[c]): raise TaxonomyError(f"{path}, line {n}: the class is blank; name it or remove the line.")
+        above = row[l].split(sep)
+        if len(above)>1: bare.update(o for o in above if _unnamed(o) and _clean(o))
+        cells.append([*(o if sep=='/' else o.strip() for o in above if not _unnamed(o)), row[c], *([] if own==c else [row[c] if _unnamed(row[own]) else row[own]])])
+    if bare: warnings.warn(f"{path}: {bare.total():,} ranks without a name ({', '.join(map(repr, sorted(bare)))}) were passed over.", TaxonomyWarning, stacklevel=3)
+    flat = iter(_tidy(chain.from_iterable(cells)))
+    clean, k = [list(islice(flat, len(o))) for o in cells], -1 if own==c else -2   # where the label stands
+    return [o[k] for o in clean], [_ended(o[:k], o[-1]) for o in clean]
+
+# %% ../nbs/00_taxonomy.ipynb #c4a17009
+def _rank_columns(path:Path, head:list[str], rows:list[tuple[int,list[str]]])->tuple[int|None,list[int]]: # column of the label, columns of the ranks from the top down
+    "What the columns of a table without a lineage are"
+    order = [_RANKS.index(o.lower()) if o.lower() in _RANKS else -1 for o in head]
+    others, label = [k for k,o in enumerate(order) if o>=0 and k], next((k for k,o in enumerate(head) if k and o.lower() in ('label', 'labels', 'folder')), None)
+    if len(head)<2: raise TaxonomyError(f"{path} has no column 'lineage'; it has {', '.join(map(repr, head)) or 'none'}. Give a class and its lineage, or a label and a column for each rank.")
+    if not others: return 0, list(range(1, len(head)))
+    first = order[0]>=0 and order[0] not in [order[k] for k in others] and all(order[0]<order[k] for k in others)   # the top rank
+    if first and head[0].lower()=='class' and len(cells := [row[0] for _,row in rows])==len(set(cells)): first = False   # every row another: these are labels
+    unused = [o for k,o in enumerate(head) if order[k]<0 and k and not (first and k==label)]
+    if unused: warnings.warn(f"{path}: the columns {_few(unused)} are no ranks and were passed over.", TaxonomyWarning, stacklevel=4)
+    return (label if first else 0), sorted(([0] if first else [])+others, key=lambda k: order[k])
+
+def _ranked(path:Path, rows:list[tuple[int,list[str]]], label:int|None, columns:list[int])->tuple[list[str],list[list[str]],list[list[int]]]: # labels, paths, ranks
+    "Labels, paths and ranks of a table with a column a rank"
+    rows = [(n, row[label] if label is not None else '', [(row[c], k) for k,c in enumerate(columns) if not _unnamed(row[c])]) for n,row in rows]
+    bare = [str(n) for n,o,p in rows if not p and not _clean(o)]
+    if bare: warnings.warn(f"{path}: {len(bare):,} lines without any rank were left out (lines {', '.join(bare[:5])}{' …' if len(bare)>5 else ''}).", TaxonomyWarning, stacklevel=4)
+    rows = [(o, p) for _,o,p in rows if p or _clean(o)]
+    flat = iter(_tidy(chain.from_iterable([o, *(c for c,_ in p)] for o,p in rows)))
+    clean = [list(islice(flat, len(p)+1)) for _,p in rows]
+    return [o[0] for o in clean], [o[1:] for o in clean], [[k for _,k in p] for _,p in rows]
 
 # %% ../nbs/00_taxonomy.ipynb #6861e057
 @patch(cls_method=True)
 def from_csv(cls:Taxonomy,
     path:str|Path, # a table with a header, in UTF-8
-    name:str|None=None, # column of the class; by default 'class' beside a lineage, and the lowest filled rank with `ranks`
-    lineage:str='lineage', # column with the path above the class
-    sep:str='/', # between the ranks of a lineage
-    ranks:Sequence[str]|None=None, # columns from the top rank down, instead of a lineage
+    name:str|None=None, # column of the class; by default 'class' beside a lineage. With `ranks`: a class of its own below the ranks of its row
+    lineage:str='lineage', # column with the path above the class; where there is none, the first column is the label and the others are ranks
+    sep:str|None=None, # between the ranks of a lineage; None: what separates them in this file, of / > ; |
+    ranks:Sequence[str]|None=None, # columns from the top rank down, instead of what the headings say
     root:str='root', # name of the node above all
-)->Taxonomy:
+)->Taxonomy: # with `labels`, and with `ranks` where the table names them
     "Tree of a CSV with lineages or with rank columns"
-    path = Path(path)
-    if ranks is None:
-        rows = list(_read_csv(path, [lineage, name or 'class']))
-        for n,(_,c) in rows:
-            if not _clean(c): raise TaxonomyError(f"{path}, line {n}: the class is blank; name it or remove the line.")
-        return cls.from_paths([[*o.split(sep), c] for _,(o,c) in rows], root=root)
-    rows = [(n, [o for o in row if _clean(o).lower() not in _NULLS]) for n,row in _read_csv(path, [*ranks, *([name] if name else [])])]
-    bare = [str(n) for n,row in rows if not row]
-    if bare: warnings.warn(f"{path}: {len(bare):,} lines without any rank were left out (lines {', '.join(bare[:5])}{' …' if len(bare)>5 else ''}).", TaxonomyWarning, stacklevel=2)
-    return cls.from_paths([row for _,row in rows if row], root=root)
+    path = Path(path); head, rows = _read_csv(path)
+    if ranks is None and (lineage in head or name is not None):
+        labels, paths = _lineages(path, head, rows, name or 'class', lineage, sep)
+        return _from_tuples(_own_rows(list(zip(labels, paths))), root, labels=labels)
+    if ranks is None: label, columns = _rank_columns(path, head, rows)
+    else: label, columns = None if name is None else _column(path, head, name), [_column(path, head, o, True) for o in ranks]
+    labels, paths, places = _ranked(path, rows, label, columns)
+    ends = _own_rows(list(zip(labels, paths))) if ranks is None or name is None else [_ended(p, o) if o else p for o,p in zip(labels, paths)]
+    return _from_tuples(ends, root, places, [head[k].lower() if head[k].lower() in _RANKS else head[k] for k in columns], labels if label is not None else map(next, map(reversed, ends)))
 
 # %% ../nbs/00_taxonomy.ipynb #0b3893d6
 @patch(cls_method=True)
@@ -576,17 +694,25 @@ def _newick_tokens(text:str)->Iterator[tuple[int,str]]:
         if not m[0].isspace() and m[0][0]!='[': yield at, m[0]
         at = m.end()
 
+def _newick_trees(text:str)->list[list[tuple[int,str]]]:
+    "The tokens of every tree, each with its ';', which the only one may lack"
+    trees = [[]]
+    for k,t in _newick_tokens(text):
+        trees[-1].append((k, t))
+        if t==';': trees.append([])
+    if len(trees)>1 and trees[-1]: raise TaxonomyError(f"Newick, character {(k := trees[-1][0][0])}: something follows the end of the tree near {text[max(0, k-10):k+10]!r}.")
+    return [o for o in trees if o] or trees
+
 def _unquote(label:str)->str: return label[1:-1].replace("''", "'") if label[0]=="'" else label.strip('"')
 
 # %% ../nbs/00_taxonomy.ipynb #7e29f485
-def _parse_newick(text:str)->tuple[list[str],list[int]]: # labels ('' where there is none), parents
+def _parse_newick(tokens:list[tuple[int,str]], text:str)->tuple[list[str],list[int]]: # labels ('' where there is none), parents
     "The nodes of one Newick tree, depth-first"
-    names, parents, at, done, after_colon = [''], [-1], 0, False, False
+    names, parents, at, after_colon = [''], [-1], 0, False
     def wrong(k:int, why:str)->TaxonomyError: return TaxonomyError(f"Newick, character {k}: {why} near {text[max(0, k-10):k+10]!r}.")
     def child(p:int)->int: names.append(''); parents.append(p); return len(names)-1
     previous = ''
-    for k,t in _newick_tokens(text):
-        if done: raise wrong(k, 'something follows the end of the tree')
+    for k,t in tokens:
         if after_colon:
             try: float(t); after_colon = False; continue
             except ValueError: raise wrong(k, 'a branch length is not a number') from None
@@ -597,24 +723,27 @@ def _parse_newick(text:str)->tuple[list[str],list[int]]: # labels ('' where ther
         elif t==',': at = child(parents[at])
         elif t==')': at = parents[at]
         elif t==':': after_colon = True
-        elif t==';': done = True
-        else: names[at] = f'{names[at]} {_unquote(t)}'.strip()
+        elif t!=';': names[at] = f'{names[at]} {_unquote(t)}'.strip()
         previous = t
-    if at: raise wrong(len(text), 'a bracket is not closed')
+    if at: raise wrong(tokens[-1][0], 'a bracket is not closed')
     return names, parents
 
 # %% ../nbs/00_taxonomy.ipynb #c63a01db
 @patch(cls_method=True)
 def from_newick(cls:Taxonomy,
-    source:str|Path, # the text of one tree, or a file with it
+    source:str|Path, # the text of a tree, or a file with it
     support:bool=False, # numbers that label inner nodes are support values, not names
     root:str='root', # name of a root without a label
+    tree:int|None=None, # which one, counted from 1, where there are several; None: the first, with a note
 )->Taxonomy:
     "Tree of a Newick string or file"
     if isinstance(source, Path) or not re.search('[(;]', source) or len(source)<256 and Path(source).is_file():
         if not Path(source).is_file(): raise TaxonomyError(f"There is no file {source}, and it is no Newick text either (which has brackets and a ';').")
         source = Path(source).read_text(encoding='utf-8-sig')
-    names, parents = _parse_newick(source.strip('\ufeff \n'))
+    source = source.strip('\ufeff \n'); trees = _newick_trees(source)
+    if not 1<=(tree or 1)<=len(trees): raise TaxonomyError(f"There is no tree {tree}; the source holds {len(trees)}, counted from 1.")
+    if tree is None and len(trees)>1: warnings.warn(f"The source holds {len(trees)} trees, and this is the first; tree=2 (--tree 2) takes the second.", TaxonomyWarning, stacklevel=2)
+    names, parents = _parse_newick(trees[(tree or 1)-1], source)
     if names==['']: raise TaxonomyError("The Newick tree is empty; give it at least one leaf.")
     inner, first, last = set(parents), list(range(len(names))), list(range(len(names)))
     for i in range(len(names)-1, 0, -1):
@@ -809,7 +938,9 @@ def _kept(self:Taxonomy,
 )->Taxonomy:
     "The tree of some nodes"
     new = np.cumsum(keep)-1
-    return Taxonomy(self.names.take(np.flatnonzero(keep)), self._rehang(keep), {new[k]: o for k,o in contracted.items() if keep[k]}, [new[k] for k in self.hollow if keep[k]], distinct=True)
+    labels = {k: some for k,v in self.labels.items() if (some := [new[i] for i in v if keep[i]])}
+    return Taxonomy(self.names.take(np.flatnonzero(keep)), self._rehang(keep), {new[k]: o for k,o in contracted.items() if keep[k]}, [new[k] for k in self.hollow if keep[k]], distinct=True,
+        ranks=self.ranks, rank_of=self.rank_of[keep], labels=labels)
 
 # %% ../nbs/00_taxonomy.ipynb #80dd8c92
 @patch
@@ -823,8 +954,8 @@ def _top_single(self:Taxonomy, node:int, single:np.ndarray)->int:
 def prune(self:Taxonomy,
     keep:Iterable[int|str]=(), # inner nodes to keep even so, such as those that are classes
 )->Taxonomy:
-    "Without inner nodes that have a single child (the root excepted), and without `hollow` nodes"
-    kept = np.zeros(len(self), bool); kept[self._nodes(list(keep))[0]] = True
+    "Without inner nodes that have a single child (the root and those with a label excepted), and without `hollow` nodes"
+    kept = np.zeros(len(self), bool); kept[self._nodes(list(keep))[0]] = True; kept[[i for v in self.labels.values() for i in v]] = True
     real = self.heights==0; real[list(self.hollow)] = False
     stay = _over_subtree(np.maximum, (real|kept).astype(np.int32), self.parents)>0; stay[0] = True
     single = stay&~kept&~real&(np.bincount(self.parents[1:][stay[1:]], minlength=len(self))==1); single[0] = False
@@ -861,7 +992,8 @@ def level_leaves(self:Taxonomy)->Taxonomy: # all leaves at depth H
     for name, p, d, k in zip(self.names, self.parents.tolist(), self.depths.tolist(), extra.tolist()):
         parents += [int(top[p]) if p>=0 else -1, *range(len(names), len(names)+k)]
         names += [*(f'{name}@{d+j}' for j in range(k)), name]
-    return Taxonomy(names, parents, {int(top[k]): o for k,o in self.contracted.items()}, (top+extra)[list(self.hollow)])
+    rank_of, own = np.full(len(names), -1), top+extra; rank_of[own] = self.rank_of
+    return Taxonomy(names, parents, {int(top[k]): o for k,o in self.contracted.items()}, own[list(self.hollow)], ranks=self.ranks, rank_of=rank_of, labels={k: own[list(v)] for k,v in self.labels.items()})
 
 # %% ../nbs/00_taxonomy.ipynb #787c364f
 @patch
@@ -873,6 +1005,10 @@ def save(self:Taxonomy,
     extra = _pack(chain.from_iterable(self.contracted.values()))
     arrays = dict(parents=self.parents, blob=np.frombuffer(self.names.blob, np.uint8), ends=self.names.ends, hollow=np.array(self.hollow, np.int32),
         contracted=np.repeat(np.array(list(self.contracted), np.int32), counts), contracted_blob=np.frombuffer(extra.blob, np.uint8), contracted_ends=extra.ends)
+    if self.ranks: arrays |= dict(ranks=np.array(self.ranks), rank_of=self.rank_of)
+    if self.labels:
+        labels = _pack(k for k,v in self.labels.items() for _ in v)
+        arrays |= dict(labels=np.array([i for v in self.labels.values() for i in v], np.int32), labels_blob=np.frombuffer(labels.blob, np.uint8), labels_ends=labels.ends)
     with atomic_path(path) as tmp, tmp.open('wb') as f: np.savez(f, fingerprint=self.fingerprint, **arrays)
     return path
 
@@ -886,7 +1022,10 @@ def load(cls:Taxonomy,
         with np.load(path, allow_pickle=False) as z: a = dict(z)
         contracted = {}
         for k,o in zip(a['contracted'].tolist(), Names(a['contracted_blob'].tobytes(), a['contracted_ends'])): contracted.setdefault(k, []).append(o)
-        tax = cls(Names(a['blob'].tobytes(), a['ends']), a['parents'], contracted, a['hollow'], distinct=True)
+        labels = {}
+        if 'labels' in a:
+            for i,o in zip(a['labels'].tolist(), Names(a['labels_blob'].tobytes(), a['labels_ends'])): labels.setdefault(o, []).append(i)
+        tax = cls(Names(a['blob'].tobytes(), a['ends']), a['parents'], contracted, a['hollow'], distinct=True, ranks=map(str, a.get('ranks', ())), rank_of=a.get('rank_of'), labels=labels)
         if tax.fingerprint!=a['fingerprint']: raise ValueError('contents and fingerprint differ')
     except Exception as e:   # a damaged archive can raise anything
         raise TaxonomyError(f"{path} is no taxonomy file, or a damaged one ({e}); save it again with Taxonomy.save.") from e

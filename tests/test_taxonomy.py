@@ -289,7 +289,7 @@ def test_sources_agree(tmp_path):
     (lambda: Taxonomy(['a', 'b'], [-1, .5]), 'Parents are positions, which are integers, not float64; −1 marks the root.'),
     (lambda: Taxonomy(['a', 'b', 'b'], [-1, 0, 0]), "'a' has two children named 'b'; give them different names."),
     (lambda: Taxonomy.from_newick('((a,b)c,d'), 'a bracket is not closed'), (lambda: Taxonomy.from_newick('(a,b))c;'), 'more brackets close than open'),
-    (lambda: Taxonomy.from_newick('(a,b);(c,d);'), 'something follows the end of the tree'), (lambda: Taxonomy.from_newick('(a:x,b);'), 'a branch length is not a number'),
+    (lambda: Taxonomy.from_newick('(a,b);(c,d)'), 'something follows the end of the tree'), (lambda: Taxonomy.from_newick('(a,b);(c,d);', tree=3), 'There is no tree 3; the source holds 2, counted from 1.'), (lambda: Taxonomy.from_newick('(a:x,b);'), 'a branch length is not a number'),
     (lambda: Taxonomy.from_newick('(a(b,c));'), 'a bracket opens after a label'), (lambda: Taxonomy.from_newick('((a,),b);'), "A leaf of the Newick tree has no label (below 'an unnamed node', after 'a'); name it."),
     (lambda: Taxonomy.from_newick("(a,'b);"), 'opens a quote or a comment that does not end'), (lambda: Taxonomy.from_newick('(a[b,c);'), 'opens a quote or a comment that does not end'),
     (lambda: Taxonomy.from_newick('(a,a);'), "'root' has two children named 'a'"), (lambda: Taxonomy.from_newick('nowhere.nwk'), 'There is no file nowhere.nwk, and it is no Newick text either'),
@@ -551,3 +551,76 @@ def test_tensors_that_inference_made_serve_autograd():
     x = torch.ones(len(tax), requires_grad=True)
     x.index_select(0, tax.tensor('leaves')).square().sum().backward()
     assert x.grad.sum() == 2*tax.n_leaves
+
+# Tables as people have them
+
+def table(path, *lines): path.write_text('\n'.join(lines) + '\n', encoding='utf-8'); return path
+
+def classes(tax): return {k: tax.path(v[0]) for k,v in tax.labels.items()}
+
+def quiet(f, *a, **kw):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', TaxonomyWarning)
+        return f(*a, **kw)
+
+def test_a_class_that_ends_its_lineage_is_that_taxon(tmp_path):
+    t = table(tmp_path/'t.csv', 'class,lineage', 'Acartia,Copepoda/Acartiidae/Acartia', 'Copepoda,Copepoda', 'sp_a,Copepoda/Acartiidae/sp a', 'Cnidaria,Cnidaria/Cnidaria unidentified', 'other,')
+    tax = quiet(Taxonomy.from_csv, t)
+    assert tax.names==['root', 'Copepoda', 'Acartiidae', 'Acartia', 'sp a', 'Cnidaria', 'Cnidaria unidentified', 'Cnidaria', 'other']
+    assert tax.label_index(['Acartia', 'Copepoda', 'sp_a', 'Cnidaria', 'other']).tolist()==[3, 1, 4, 7, 8]
+    with pytest.raises(TaxonomyError, match="'Cnidaria' is the name of 2 nodes, 'root/Cnidaria', 'root/Cnidaria/Cnidaria unidentified/Cnidaria'; give the path"): tax.index('Cnidaria')
+    assert tax.index('sp_a')==4                                       # what a person types may be a label, where no node has the name
+    assert Taxonomy.from_paths({'Acartia': 'Copepoda/Acartia', 'Copepoda': 'Copepoda'}).names==['root', 'Copepoda', 'Acartia']
+
+def test_labels_that_share_a_taxon_are_classes_below_it(tmp_path):
+    ranks = table(tmp_path/'r.csv', 'label,family,genus', 'male,Felidae,Panthera', 'female,Felidae,Panthera', 'cat,Felidae,', 'dog,Canidae,Canis', 'wolf,Canidae,Canis', 'Canis,Canidae,Canis', 'stone,,')
+    assert classes(Taxonomy.from_csv(ranks))=={'male': 'root/Felidae/Panthera/male', 'female': 'root/Felidae/Panthera/female', 'cat': 'root/Felidae', 'dog': 'root/Canidae/Canis/dog', 'wolf': 'root/Canidae/Canis/wolf', 'Canis': 'root/Canidae/Canis', 'stone': 'root/stone'}
+    lines = table(tmp_path/'l.csv', 'class,lineage,species', 'm,Felidae,Panthera leo', 'f,Felidae,Panthera leo', 'cat,Felidae,Felis catus', 'fossil,Felidae,')
+    assert classes(Taxonomy.from_csv(lines))=={'m': 'root/Felidae/Panthera leo/m', 'f': 'root/Felidae/Panthera leo/f', 'cat': 'root/Felidae/Felis catus', 'fossil': 'root/Felidae/fossil'}
+
+@pytest.mark.parametrize('head, row, label, path, ranks', [
+    ('class,kingdom,class,species', 'a_b,Animalia,Aves,A b', 'a_b', 'Animalia/Aves/A b', ('kingdom', 'class', 'species')),
+    ('name,Species,Genus,Kingdom', 'x,A b,A,Animalia', 'x', 'Animalia/A/A b', ('kingdom', 'genus', 'species')),                # from the bottom up
+    ('kingdom,class,species', 'Animalia,Aves,A b', 'A b', 'Animalia/Aves/A b', ('kingdom', 'class', 'species')),                # no label
+    ('species,kingdom,genus', 'A b,Animalia,A', 'A b', 'Animalia/A', ('kingdom', 'genus')),                                     # the first column is the label
+    ('id,level 1,level 2', 'x,one,two', 'x', 'one/two', ('level 1', 'level 2')),
+    ('kingdom,genus,label', 'Animalia,A,none', 'none', 'Animalia/A', ('kingdom', 'genus')),
+    ('class,family,genus', 'x,incertae sedis,A', 'x', 'A', ('family', 'genus')), ('class,family,genus', 'x,Felidae incertae sedis,A', 'x', 'A', ('family', 'genus'))])
+def test_rank_columns_as_they_come(tmp_path, head, row, label, path, ranks):
+    tax = quiet(Taxonomy.from_csv, table(tmp_path/'t.csv', head, row))
+    assert classes(tax)=={label: f'root/{path}'} and tax.ranks==ranks
+    assert [tax.rank(i) for i in tax.ancestors(label)[1:]]==[r for r in ranks if len(ranks)==len(path.split('/')) or r!='family']
+
+def test_columns_that_are_no_ranks_are_named(tmp_path):
+    with pytest.warns(TaxonomyWarning, match="the columns 'AphiaID', 'note' are no ranks and were passed over"): Taxonomy.from_csv(table(tmp_path/'t.csv', 'label,genus,AphiaID,species,note', 'x,A,1,A b,'))
+    first = table(tmp_path/'u.csv', 'class,order', 'Aves,Passeriformes', 'Aves,Strigiformes')
+    assert Taxonomy.from_csv(first).names==['root', 'Aves', 'Passeriformes', 'Strigiformes']                  # Aves stands twice: no label
+
+@pytest.mark.parametrize('sep', ['>', ';', '|', ' > '])
+def test_lineages_with_another_separator(tmp_path, sep):
+    rows = ['class,lineage', *(f'"{c}","living{sep}{l}"' for c,l in (('Calanus', f'Crustacea{sep}Copepoda'), ('Chaetoceros', f'Harosa{sep}Diatomea')))]
+    with pytest.warns(TaxonomyWarning, match=re.escape(f'lineages are separated by {sep.strip()!r}')): tax = Taxonomy.from_csv(table(tmp_path/'t.csv', *rows))
+    assert tax.height==4 and tax.path('Calanus')=='root/living/Crustacea/Copepoda/Calanus'
+
+def test_unnamed_ranks_in_a_lineage_join_nobody(tmp_path):
+    t = table(tmp_path/'t.csv', 'class,lineage', 'Calanus,Animalia/NA/NA/Calanidae', 'Vermes1,Animalia/NA/NA/Vermidae', 'None,Animalia/Annelida', 'NA,Animalia/Annelida')
+    with pytest.warns(TaxonomyWarning, match=r"4 ranks without a name \('NA'\) were passed over"): tax = Taxonomy.from_csv(t)
+    assert tax.names==['root', 'Animalia', 'Calanidae', 'Calanus', 'Vermidae', 'Vermes1', 'Annelida', 'None', 'NA']
+
+def test_ranks_and_labels_travel(tmp_path):
+    tax = Taxonomy.from_csv(table(tmp_path/'t.csv', 'class,family,genus,species', 'Felidae,Felidae,,', 'p_leo,Felidae,Panthera,Panthera leo', 'c_lupus,Canidae,Canis,Canis lupus'))
+    for t in (tax, pickle.loads(pickle.dumps(tax)), Taxonomy.load(tax.save(tmp_path/'x')), tax.subset(['Panthera leo']), tax.prune(), tax.level_leaves()):
+        assert t.ranks==('family', 'genus', 'species') and t.names[t.label_index(['p_leo'])]==['Panthera leo'] and t.rank('Panthera leo')=='species' and t.rank(0)==''
+        assert t.rank(t.label_index(['Felidae'])[0])=='family'         # a class is not contracted
+    assert Taxonomy(tax.names[::-1], [len(tax)-1-p if p>=0 else -1 for p in tax.parents[::-1]], ranks=tax.ranks, rank_of=tax.rank_of[::-1], labels={k: [len(tax)-1-i for i in v] for k,v in tax.labels.items()}).label_index(['p_leo']).size==1
+    assert tax==Taxonomy(tax.names, tax.parents) and not Taxonomy(tax.names, tax.parents).ranks
+
+@given(slow_trees())
+def test_chains(slow):
+    tax = Taxonomy.from_parents(slow.parent); ends = tax.chainless
+    single = {i for i in range(1, len(tax)) if len(tax.children(i))==1}
+    for i in range(len(tax)):
+        j = i
+        while j in single: j = int(tax.children(j)[0])
+        assert tax.heirs[i]==j and ends.names[tax.to_chainless[i]]==tax.names[j]
+    assert len(ends)==len(tax)-len(single) and ends.leaf_names==tax.leaf_names and (ends is tax)==(not single)
