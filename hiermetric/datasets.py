@@ -5,6 +5,7 @@
 # %% ../nbs/02_datasets.ipynb #cb540aa5
 from __future__ import annotations
 import colorsys, hashlib, math, os, subprocess, sys, unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,7 +66,7 @@ SPLITS = ('train', 'val', 'test', 'unseen')
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageTable:
     "Images, the tree that their classes belong to, and who trains and who tests"
-    samples:pd.DataFrame # one row an image: `path` (absolute), `class` (node of the taxonomy), `split` (one of `SPLITS`)
+    samples:pd.DataFrame # one row an image: `path` (absolute), `class` (label, name or path of a node, see `Taxonomy.label_index`), `split` (one of `SPLITS`)
     taxonomy:Taxonomy # tree with all the classes
     name:str # of the data set
     root:Path # folder that all the paths lie in
@@ -78,7 +79,7 @@ class ImageTable:
     def targets(self)->np.ndarray: # (n,) node ids, of leaves or inner nodes
         "What the images show, as nodes of the taxonomy"
         code, names = pd.factorize(self.samples['class'])
-        return np.asarray(self.taxonomy.index(list(names)), dtype=np.int64)[code]
+        return self.taxonomy.label_index(names)[code]
 
     @cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits
@@ -166,13 +167,16 @@ def split_folders(
 
 # %% ../nbs/02_datasets.ipynb #b238fac9
 def read_taxonomy(
-    taxonomy:Taxonomy|str|Path, # a tree, or a file with one: .csv (class,lineage or ranks), .nwk or .newick, .npz
+    taxonomy:Taxonomy|str|Path, # a tree, or a file with one: .csv or .tsv (class,lineage or rank columns), .nwk or .newick, .npz
+    tree:int|None=None, # which one, counted from 1, where a Newick file holds several; None: the first
 )->Taxonomy:
     "A tree from whatever holds one"
     if isinstance(taxonomy, Taxonomy): return taxonomy
-    path = Path(taxonomy).expanduser()
+    path = Path(taxonomy).expanduser(); kind = path.suffix.lower()
     if not path.is_file(): raise HiermetricError(f"There is no taxonomy file {path}.{_nearby(path)}")
-    read = {'.csv': Taxonomy.from_csv, '.nwk': Taxonomy.from_newick, '.newick': Taxonomy.from_newick, '.npz': Taxonomy.load}.get(path.suffix.lower())
+    if kind in ('.nwk', '.newick', '.tre', '.tree'): return Taxonomy.from_newick(path, tree=tree)
+    if tree is not None: raise HiermetricError(f"{path} is no Newick file, so it holds one tree and no tree {tree}.")
+    read = {'.csv': Taxonomy.from_csv, '.tsv': Taxonomy.from_csv, '.npz': Taxonomy.load}.get(kind)
     if read is None: raise HiermetricError(f"{path} is no taxonomy that can be read; give a .csv with the columns class and lineage, a Newick tree (.nwk) or a saved tree (.npz).")
     return read(path)
 
@@ -181,27 +185,27 @@ def _class_of(
     folders:pd.Series, # (n,) folder of each image, relative
     tax:Taxonomy, # tree to find the classes in
 )->pd.Series: # (n,) class of each image
-    "The class that a folder stands for: its own name, or its whole path where several nodes have that name"
-    names = pd.Series(list(tax.names)).value_counts()
+    "The class that a folder stands for: its own name, or its whole path where several classes, or several nodes and no class, have that name"
+    names = Counter(tax.names)
     found, place = {}, {}
     for folder in folders.unique():
-        name = folder.rpartition('/')[2]
-        if names.get(name, 0) > 1: name = folder
+        whole = unicodedata.normalize('NFC', folder); name = whole.rpartition('/')[2]
+        if len(tax.labels.get(name, ())) != 1 and (names[name] > 1 or name in tax.labels): name = whole
         if name in place: raise HiermetricError(f"Class {name!r} is in two places, {place[name]} and {folder}; put its images together or rename one.")
         found[folder], place[name] = name, folder
     return folders.map(found)
 
 # %% ../nbs/02_datasets.ipynb #be0ec6d9
-def _note(items:Iterable[str], one:str, many:str)->tuple[str,...]:
+def _note(items:Iterable[str], one:str, many:str, most:int=20)->tuple[str,...]:
     "How many there are, with the first names; nothing where there is nothing"
     items = list(items)
     if not items: return ()
-    return (f"{len(items):,} {one if len(items) == 1 else many} ({', '.join(items[:3])}{', …' if len(items) > 3 else ''})",)
+    return (f"{len(items):,} {one if len(items) == 1 else many} ({', '.join(items[:most])}{', …' if len(items) > most else ''})",)
 
 # %% ../nbs/02_datasets.ipynb #6d60f3c5
 def folder_dataset(
     folder:str|Path, # folder of class folders
-    taxonomy:Taxonomy|str|Path|None=None, # tree, or file with one; else `taxonomy.csv` in the folder, else the nesting of the folders
+    taxonomy:Taxonomy|str|Path|None=None, # tree, or file with one, see `read_taxonomy`; else `taxonomy.csv` in the folder, else the nesting of the folders
     fill:str|None=None, # background to pad with: 'white', 'edge'
     name:str|None=None, # of the data set; the folder's by default
 )->ImageTable: # with `split` '' where the folder does not decide it
@@ -222,12 +226,12 @@ def folder_dataset(
 # %% ../nbs/02_datasets.ipynb #7935de3d
 def _check_classes(table:ImageTable)->None:
     "Raise for classes that the tree does not have"
-    known = set(table.taxonomy.names)
+    known = {*table.taxonomy.labels, *table.taxonomy.names}
     def there(c):
-        try: table.taxonomy.index(c); return True
+        try: table.taxonomy.label_index([c]); return True
         except HiermetricError: return False
     bad = [c for c in sorted(table.samples['class'].unique()) if c not in known and not there(c)]
-    if not bad: return
+    if not bad: table.targets; return   # which raises for a name of several nodes
     first = table.samples['path'][table.samples['class'].isin(bad[:1])].iloc[0]
     more = f" (and {len(bad)-1} more: {', '.join(map(repr, bad[1:5]))}{', …' if len(bad) > 5 else ''})" if len(bad) > 1 else ''
     raise HiermetricError(f"Class {bad[0]!r}{more} is not in the taxonomy; it is the class of {first}. Add it to the taxonomy or rename its folder.{did_you_mean(bad[0], known)}")
@@ -250,11 +254,11 @@ def _held_out(table:ImageTable, held_out:int|Iterable[str])->ImageTable:
     d, tax = table.samples, table.taxonomy
     classes = d['class'].unique()
     if isinstance(held_out, int):
-        node = dict(zip(classes, tax.index(list(classes))))
-        left = pd.Series(tax.parents[list(node.values())]).value_counts()   # classes that stay, by parent
+        fork = dict(zip(classes, tax.chainless.parents[tax.to_chainless[tax.label_index(classes)]]))   # where the nearest relatives part
+        left = pd.Series(list(fork.values())).value_counts()                 # classes that stay there
         chosen = []
         for c in sorted(classes, key=name_hash):
-            if len(chosen) < held_out and left[p := tax.parents[node[c]]] > 1: chosen.append(c); left[p] -= 1
+            if len(chosen) < held_out and left[p := fork[c]] > 1: chosen.append(c); left[p] -= 1
         if len(chosen) < held_out: raise HiermetricError(f"{held_out} classes cannot be held out of {len(classes)}: {len(chosen)} have a sibling that stays. Ask for fewer, or name them.")
     else:
         chosen = [held_out] if isinstance(held_out, str) else list(held_out)
@@ -264,20 +268,20 @@ def _held_out(table:ImageTable, held_out:int|Iterable[str])->ImageTable:
     return replace(table, samples=d.assign(split=split), notes=table.notes + _note(sorted(chosen), 'class is held out', 'classes are held out'))
 
 # %% ../nbs/02_datasets.ipynb #388f66e3
-def _cut(table:ImageTable, keep_empty:bool)->ImageTable:
-    "Reduce the tree to what the images need: their classes, and inner nodes that tell something apart"
-    tax, nodes = table.taxonomy, np.unique(table.targets)
-    new = tax
-    if not keep_empty:
-        seen = np.zeros(len(tax.leaves)+1, int); seen[1+tax.leaf_column[nodes[tax.heights[nodes] == 0]]] = 1
-        seen = seen.cumsum()
-        bare = [i for i in nodes if seen[tax.leaf_stop[i]] == seen[tax.leaf_start[i]]]   # inner nodes with images of none of their leaves: all of these stay
-        new = tax.subset([*nodes[tax.heights[nodes] == 0], *(o for i in bare for o in tax.leaves[tax.leaf_start[i]:tax.leaf_stop[i]])])
-    gone = sorted(set(tax.leaf_names) - set(new.leaf_names))
-    keep = {*nodes, *(o for c in table.samples['class'].unique() if '/' in c for o in tax.ancestors(c))}   # a class that is known by its path needs it
-    whole, new = len(new), new.prune(keep=[tax.path(o) for o in keep])
-    notes = _note(gone, 'class without images was cut from the tree', 'classes without images were cut from the tree')
-    if len(new) < whole: notes += (f"{whole-len(new)} inner nodes with a single child were contracted",)
+def _cut(table:ImageTable, keep_empty:bool, contract:bool)->ImageTable:
+    "Reduce the tree to what the images belong to, and contract its chains where that is asked for"
+    tax, nodes, notes = table.taxonomy, np.unique(table.targets), ()
+    named = {k: i for k,v in tax.labels.items() for i in v} or dict(zip(tax.leaf_names, tax.leaves))
+    bare = {k: i for k,i in named.items() if i not in set(nodes.tolist())}
+    stay = np.isin(np.arange(len(tax)), [a for i in nodes for a in tax.ancestors(i)]); stay[0] = True
+    new = tax if keep_empty or stay.all() else tax._kept(stay, tax.contracted)
+    if not keep_empty: notes += _note(sorted(k for k,i in bare.items() if not stay[i]), 'class without images was cut from the tree', 'classes without images were cut from the tree')
+    notes += _note(sorted(k for k,i in bare.items() if keep_empty or stay[i]), 'class has no images of its own', 'classes have no images of their own')
+    if tax.labels: notes += _note(sorted(set(table.samples['class']) - {*tax.labels, *map(tax.path, nodes)}), 'class has no row in the table and was found by the name of its node', 'classes have no row in the table and were found by the names of their nodes')
+    if contract:
+        keep = {*nodes, *(o for c in table.samples['class'].unique() if '/' in c for o in tax.ancestors(c))}   # a class that is known by its path needs it
+        whole, new = len(new), new.prune(keep=[tax.path(o) for o in keep])
+        if len(new) < whole: notes += (f"{whole-len(new)} inner nodes with a single child were contracted",)
     return replace(table, taxonomy=new, notes=table.notes + notes)
 
 # %% ../nbs/02_datasets.ipynb #be85cd7e
@@ -287,12 +291,13 @@ def _complete(
     val:float, # share for validation, where no split is given
     test:float, # share for testing, where no split is given
     keep_empty:bool, # keep classes without images in the tree?
+    contract:bool, # take inner nodes with a single child out of the tree?
 )->ImageTable:
     "From what is found to what is used: classes checked, tree cut down, splits decided"
     if not (0 <= val and 0 <= test and val+test < 1): raise HiermetricError(f"The shares val={val} and test={test} leave nothing to train on; they are fractions whose sum is below 1.")
     _check_classes(table)
     table = replace(table, samples=table.samples.sort_values('path', ignore_index=True))
-    return _held_out(_carve(_cut(table, keep_empty), val, test), held_out)
+    return _held_out(_carve(_cut(table, keep_empty, contract), val, test), held_out)
 
 # %% ../nbs/02_datasets.ipynb #93d8b6de
 @dataclass(frozen=True)
@@ -945,11 +950,15 @@ def load_dataset(
     val:float=0.1, # share for validation, where no split is given
     test:float=0.2, # share for testing, where no split is given
     keep_empty:bool=False, # keep classes without images in the tree
+    contract:bool=False, # take inner nodes with a single child out of the tree, which else stays as it is given
+    tree:int|None=None, # which tree, counted from 1, of a Newick file with several
     **kw, # for the loader: `fill` and `name` of a folder; `seed`, `size` … of synthetic-taxa
 )->ImageTable: # images, their tree, and who trains and tests
     "A table of images by name or from a folder"
     known = str(name_or_folder) in DATASETS
     if not known and not Path(name_or_folder).expanduser().is_dir():
         raise HiermetricError(f"{str(name_or_folder)!r} is neither a data set ({', '.join(DATASETS)}) nor a folder.{did_you_mean(name_or_folder, DATASETS) or _nearby(Path(name_or_folder).expanduser().resolve())}")
+    if taxonomy is not None: taxonomy = read_taxonomy(taxonomy, tree)
+    elif tree is not None: raise HiermetricError(f"tree={tree} chooses among the trees of a Newick file, and no taxonomy is given; give one with taxonomy=… (--taxonomy).")
     table = DATASETS[str(name_or_folder)](root=root, taxonomy=taxonomy, **kw) if known else folder_dataset(name_or_folder, taxonomy, **kw)
-    return _complete(table, held_out, val, test, keep_empty)
+    return _complete(table, held_out, val, test, keep_empty, contract)

@@ -89,9 +89,9 @@ def test_folder_with_mess(tmp_path):
     assert table.summary().loc[['train', 'val', 'test'], 'images'].tolist() == [16, 2, 4]
     assert '2 files that are no images were left out (Thumbs.db, notes.txt)' in table.notes
     assert '1 image outside any class folder was left out (loose.jpg)' in table.notes
-    assert '1 class without images was cut from the tree (gnat)' in table.notes
+    assert '3 classes without images were cut from the tree (cod, eel, gnat)' in table.notes and '1 class has no row in the table and was found by the name of its node (Pisces)' in table.notes
     assert '2 classes have a single image, which trains (Pisces, ant)' in table.notes
-    assert set(table.taxonomy.leaf_names) == {'bee', 'ant', 'cod', 'eel'}
+    assert table.taxonomy.leaf_names == ('bee', 'ant', 'Pisces')          # nothing tells a cod from an eel
     assert table.targets.tolist() == table.taxonomy.index(table.samples['class'].tolist()).tolist()
     assert all(Path(o).is_absolute() and Path(o).is_file() for o in table.samples['path'])
     assert 'mess' in repr(table) and '22 images' in repr(table)
@@ -142,6 +142,35 @@ def test_held_out_by_number(tmp_path):
     assert unseen == set(load_dataset(d, TREE, held_out=2).notes[-1].split('(')[1].rstrip(')').split(', '))
     assert message(load_dataset, d, TREE, held_out=3) == '3 classes cannot be held out of 4: 2 have a sibling that stays. Ask for fewer, or name them.'
 
+def test_a_folder_finds_its_node_through_its_row(tmp_path):
+    d = touch(tmp_path/'d', *(f'{c}/{i}.jpg' for c in ('Cnidaria', 'Copepoda', 'Acartia', 'a_b') for i in range(4)))
+    (tmp_path/'t.csv').write_text('class,kingdom,phylum,class,genus,species\nCnidaria,Animalia,Cnidaria,Cnidaria,,\nCopepoda,Animalia,Arthropoda,Copepoda,,\nAcartia,Animalia,Arthropoda,Copepoda,Acartia,\na_b,Animalia,Arthropoda,Copepoda,A,A b\nc,Animalia,Mollusca,,,\n')
+    with pytest.warns(TaxonomyWarning): table = load_dataset(d, tmp_path/'t.csv')
+    tax, node = table.taxonomy, dict(zip(table.samples['class'], table.targets))
+    assert {k: tax.path(v) for k, v in node.items()} == {'Cnidaria': 'root/Animalia/Cnidaria/Cnidaria', 'Copepoda': 'root/Animalia/Arthropoda/Copepoda', 'Acartia': 'root/Animalia/Arthropoda/Copepoda/Acartia', 'a_b': 'root/Animalia/Arthropoda/Copepoda/A/A b'}
+    assert [tax.rank(node[o]) for o in ('Cnidaria', 'Copepoda', 'Acartia', 'a_b')] == ['class', 'class', 'genus', 'species']
+    assert '1 class without images was cut from the tree (c)' in table.notes and 'Mollusca' not in tax.names
+    assert '1 class has no images of its own (c)' in load_dataset(d, tmp_path/'t.csv', keep_empty=True).notes
+    held = load_dataset(d, tmp_path/'t.csv', held_out='a_b')                     # by label
+    assert set(held.samples['class'][held.samples['split'] == 'unseen']) == {'a_b'} and held.taxonomy == tax
+
+def test_the_tree_stays_whole(tmp_path):
+    d = touch(tmp_path, *(f'{c}/{i}.jpg' for c in ('a', 'b', 'c') for i in range(4)))
+    tree = Taxonomy.from_paths({'a': 'order/family 1/genus 1', 'b': 'order/family 2/genus 2', 'c': 'order/family 2/genus 2', 'd': 'order/family 3'})
+    whole = load_dataset(d, tree)
+    assert whole.taxonomy.names == ['root', 'order', 'family 1', 'genus 1', 'a', 'family 2', 'genus 2', 'b', 'c'] and not any('contracted' in o for o in whole.notes)
+    short = load_dataset(d, tree, contract=True)
+    assert short.taxonomy.names == ['root', 'order', 'a', 'genus 2', 'b', 'c'] and '3 inner nodes with a single child were contracted' in short.notes
+    assert load_dataset(d, tree, held_out=1).samples.query("split == 'unseen'")['class'].tolist() == load_dataset(d, tree, held_out=1, contract=True).samples.query("split == 'unseen'")['class'].tolist()
+
+def test_newick_with_several_trees(tmp_path):
+    d = touch(tmp_path/'d', *(f'{c}/{i}.jpg' for c in ('bee', 'ant', 'cod') for i in range(3))); nwk = tmp_path/'t.nwk'
+    nwk.write_text('((bee,ant)Insecta,cod);\n(bee,(ant,cod)Odd);\n')
+    with pytest.warns(TaxonomyWarning, match='2 trees, and this is the first'): assert load_dataset(d, nwk).taxonomy.path('ant') == 'root/Insecta/ant'
+    assert load_dataset(d, nwk, tree=2).taxonomy.path('ant') == 'root/Odd/ant'
+    assert message(load_dataset, d, nwk, tree=3) == 'There is no tree 3; the source holds 2, counted from 1.'
+    assert message(load_dataset, d, tree=1).startswith('tree=1 chooses among the trees of a Newick file')
+
 # --- mistakes, and what is said about them
 
 def test_messages(tmp_path):
@@ -166,7 +195,7 @@ def test_unreadable_folder(tmp_path):
     finally: (d/'ant').chmod(0o755)
 
 @pytest.mark.parametrize('text, said', [
-    ('', "has no column 'lineage'"), ('name,family\nbee,Apidae\n', "has no column 'lineage'; it has 'name', 'family'"), ('class,lineage\nbee\n', 'line 2: 1 cells under a header of 2'),
+    ('', "has no column 'lineage'"), ('class\nbee\n', "has no column 'lineage'; it has 'class'. Give a class and its lineage, or a label and a column for each rank."), ('class,lineage\nbee\n', 'line 2: 1 cells under a header of 2'),
     ('class,lineage\n,Insecta\n', 'line 2: the class is blank'), ('class,lineage\n', 'The tree is empty'), (b'class,lineage\nb\xe9e,Insecta\n', 'is not UTF-8')])
 def test_bad_csv(tmp_path, text, said):
     d = touch(tmp_path/'d', 'bee/1.jpg'); csv = tmp_path/'tree.csv'
@@ -289,7 +318,10 @@ def test_real_planktonset():
     table = load_dataset('planktonset'); n = table.summary()
     assert n.loc['all', 'classes'] == n.loc['train', 'classes'] == n.loc['test', 'classes'] == table.taxonomy.n_leaves
     assert abs(n.loc['test', 'images']/len(table)-.2) < .01 and abs(n.loc['val', 'images']/len(table)-.1) < .01
-    assert not (np.bincount(table.taxonomy.parents[1:])[1:] == 1).any()
+    chained = load_dataset('planktonset', contract=True).taxonomy
+    assert not (np.bincount(chained.parents[1:])[1:] == 1).any() and chained == table.taxonomy.prune()
+    above = {o for i in table.taxonomy.leaves for o in table.taxonomy.path(i).split('/')[1:-1]}
+    assert len(table.taxonomy) - len(chained) >= 22 and {'Mollusca', 'Annelida', 'Polychaeta', 'Amphipoda', 'Bacteria'} <= above
     split = table.samples.set_index(table.samples['path'].map(lambda o: Path(o).name))['split']
     if len(table) == 22617: assert split[['100224.jpg', '101165.jpg', '101232.jpg', '101260.jpg', '101358.jpg']].tolist() == ['train', 'train', 'train', 'test', 'train']
 
