@@ -982,6 +982,21 @@ def subset(self:Taxonomy,
     keep = np.zeros(len(self), np.int32); keep[leaves] = 1
     return self._kept(_over_subtree(np.maximum, keep, self.parents)>0, self.contracted)
 
+# %% ../nbs/00_taxonomy.ipynb #c4a17031
+@patch
+def expand(self:Taxonomy)->Taxonomy:
+    "The tree with the nodes that `prune` contracted put back"
+    if not self.contracted: return self
+    extra = np.zeros(len(self), np.int64); extra[list(self.contracted)] = list(map(len, self.contracted.values()))
+    own = np.arange(len(self))+np.cumsum(extra)                                # where each node stands now
+    names, parents = [''], [-1]; names, parents = names*int(len(self)+extra.sum()), parents*int(len(self)+extra.sum())
+    for i, (name, p, at) in enumerate(zip(self.names, self.parents.tolist(), own.tolist())):
+        line = [*self.contracted.get(i, ()), name]
+        for k, o in enumerate(line, at-len(line)+1): names[k], parents[k] = o, k-1
+        parents[at-len(line)+1] = int(own[p]) if p>=0 else -1
+    rank_of = np.full(len(names), -1); rank_of[own] = self.rank_of
+    return Taxonomy(names, parents, hollow=own[list(self.hollow)], ranks=self.ranks, rank_of=rank_of, labels={k: own[list(v)] for k,v in self.labels.items()})
+
 # %% ../nbs/00_taxonomy.ipynb #6d87ff8a
 @patch
 def level_leaves(self:Taxonomy)->Taxonomy: # all leaves at depth H
