@@ -6,7 +6,7 @@
 from __future__ import annotations
 import csv, hashlib, inspect, json, math, os, re, warnings
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,11 +18,11 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 from . import core
 from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean
-from .taxonomy import Taxonomy, TaxonomyError
+from .taxonomy import Taxonomy, TaxonomyError, TaxonomyWarning
 from .datasets import IMAGE_TYPES, _nearby
 from .backbones import Backbone, create_backbone
 from .features import Features, _batches, _engines, _threads, choose_engine
-from .heads import Model, _name
+from .heads import Model, _name, _settings, create_head
 from .metrics import accuracy, leaf_distribution, negative_log_likelihood
 from .decisions import Rule, TemperatureScaling, _rules, create_rule
 from .unseen import Detector, Outputs, create_detector, model_outputs
@@ -44,7 +44,7 @@ class Ranks:
         ranks:str|Path|Sequence[str], # names of the levels from the top down, or a CSV whose columns are ranks from the top down
         tax:Taxonomy, # tree over the N nodes
     )->Ranks:
-        "From a list of names, or from a table of taxa"
+        "From a list of names, or from a table of taxa, in which a node is found by its path"
         if isinstance(ranks, (str, Path)) and Path(ranks).suffix.lower() in ('.csv', '.tsv', '.txt'): return cls._table(Path(ranks), tax)
         names = [o.strip() for o in ranks.split(',')] if isinstance(ranks, str) else list(ranks)
         if len(ends := np.unique(tax.depths[tax.leaves])) > 1: raise HiermetricError(f"The leaves of this tree lie at the depths {ends[0]} to {ends[-1]}, so that its levels are no ranks; give a CSV with one column a rank.")
@@ -52,16 +52,36 @@ class Ranks:
         return cls(names, tax.depths.astype(int) - 1)
 
     @classmethod
+    def of_tree(cls,
+        tax:Taxonomy, # tree over the N nodes
+    )->Ranks|None:
+        "What the tree itself knows; None where it knows nothing"
+        return cls(list(tax.ranks), tax.rank_of) if (tax.rank_of >= 0).any() else None
+
+    @classmethod
     def _table(cls, path:Path, tax:Taxonomy)->Ranks:
         if not path.is_file(): raise HiermetricError(f"There is no table of ranks {path}.{_nearby(path)}")
-        table = pd.read_csv(path, sep=None, engine='python', dtype=str, keep_default_na=False, encoding='utf-8-sig')
-        place = {name.strip(): k for k, c in reversed(list(enumerate(table))) for name in table[c].unique() if name.strip()}
-        of = np.array([place.get(o, -1) for o in tax.names])
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', TaxonomyWarning)   # a name at two ranks is what this is made for
+            table = Taxonomy.from_csv(path)
+        of = _ranks_of(tax, table)
         if (of < 0).all(): raise HiermetricError(f"No name in {path} is in the tree of {tax.names[0]!r}; its columns should be ranks from the top down, and its cells names of taxa.")
         used = np.unique(of[of >= 0])
-        return cls([list(table)[k] for k in used], np.where(of < 0, -1, np.searchsorted(used, of)))
+        return cls([table.ranks[k] for k in used], np.where(of < 0, -1, np.searchsorted(used, of)))
 
     def name(self, node:int)->str: return self.names[self.of[node]] if self.of[node] >= 0 else ''
+
+# %% ../nbs/15_predictor.ipynb #c4a17040
+def _ranks_of(tax:Taxonomy, table:Taxonomy)->np.ndarray: # (N,) place in `table.ranks`, −1 for none
+    "Ranks from another tree: of the nodes there of the same name (or label), the one with the most ancestors in common"
+    named, of = {k: list(v) for k, v in table.labels.items()}, np.full(len(tax), -1)
+    for i, name in enumerate(table.names): named[name] = [*named.get(name, ()), i]
+    above = lambda t, i: t.names[t.ancestors(i)[1:-1]]
+    for i in range(1, len(tax)):
+        found = [k for k in dict.fromkeys(named.get(tax.names[i], ())) if table.rank_of[k] >= 0]
+        if len(found) > 1: mine = Counter(above(tax, i)); found.sort(key=lambda k: (-(mine & Counter(above(table, k))).total(), len(above(table, k))))
+        if found: of[i] = table.rank_of[found[0]]
+    return of
 
 # %% ../nbs/15_predictor.ipynb #ec31b639
 def down_to(
@@ -75,12 +95,13 @@ def down_to(
         if not 1 <= int(rank) <= tax.height: raise HiermetricError(f"There is no level {rank}; this tree has the levels 1 (right below the root) to {tax.height}.")
         return tax.depths <= int(rank)
     if ranks is None: raise HiermetricError(f"This model does not know which taxa are of the rank {rank!r}. Give a level from 1 to {tax.height}, or tell it the ranks with ranks=… (--ranks): a CSV with one column a rank.")
-    place, keep = ranks.of.astype(float), np.ones(len(tax), bool)
     most = ranks.names.index(choice('rank', rank, ranks.names))
+    at, ranked, keep = (ranks.of >= 0) & (ranks.of <= most), ranks.of >= 0, np.ones(len(tax), bool)
+    count = np.append(0, at.cumsum()); holds = count[tax.last + 1] > count[:-1]   # a rank that is wanted, here or below
     for depth in range(1, tax.height + 1):
         i = np.flatnonzero(tax.depths == depth); above = tax.parents[i]
-        place[i] = np.where(place[i] < 0, np.floor(place[above]) + .5, place[i])
-        keep[i] = keep[above] & (place[i] <= most)
+        keep[i] = keep[above] & (at[i] | ~(ranks.of >= 0)[i] & (holds[i] | ~ranked[above]))
+        ranked[i] |= ranked[above]
     return keep
 
 # %% ../nbs/15_predictor.ipynb #89d08d83
@@ -130,6 +151,15 @@ class Scope:
         while not keep[up].all(): up = up[up]
         self.at = new[up]   # (N,) where each node of the whole tree is to be found in the small one
         self.inside = under == tax.leaf_stop - tax.leaf_start   # (N,) whether all that a node stands for is listed
+        alone = (tax.heights[self.nodes] == 0) & (tax.heirs[above] != above)   # a leaf that has no sister in the whole tree
+        self.genus = np.where(alone, self.tax.parents, np.arange(len(self.tax)))   # (M,) where a new sister of it belongs
+
+    def step_up(self,
+        answers:np.ndarray, # (B,) nodes of the small tree
+        novel:np.ndarray, # (B,) bool, images that are none of the known species
+    )->np.ndarray: # (B,)
+        "Of two taxa with one probability, the species and the genus that holds no other, a novel image is the genus"
+        return np.where(novel, self.genus[answers], answers)
 
     def probs(self,
         node_probs:Tensor, # (B, N), additive: a node has the sum of its leaves
@@ -180,9 +210,10 @@ class Question:
     )->pd.DataFrame: # one row an image
         "Answers, their probabilities, what could follow, and the flag"
         p, listed = self.scope.probs(node_probs)
-        tax, answers, p = self.scope.tax, np.asarray(self.rule(p)), p.numpy()
-        out = pd.DataFrame({'answer': tax.names[answers], 'rank': [self.ranks.name(i) if self.ranks else '' for i in self.scope.nodes[answers]], 'path': list(map(self.path, answers)),
-                            'probability': _round(p[np.arange(len(p)), answers]), 'novel': novelty(strange, self.known) <= self.novel})
+        new = novelty(strange, self.known) <= self.novel
+        tax, answers, p = self.scope.tax, self.scope.step_up(np.asarray(self.rule(p)), new), p.numpy()
+        out = pd.DataFrame({'answer': tax.names[answers], 'rank': [self.ranks.name(i) if self.ranks else '' for i in self.scope.nodes[answers]], 'path': list(map(self.path, answers))}
+                           | self.lineage(answers) | {'probability': _round(p[np.arange(len(p)), answers]), 'novel': new})
         best = tax.leaves[p[:, tax.leaves].argmax(1)]
         out['guess'], out['guess_probability'] = tax.names[best], _round(p[np.arange(len(p)), best])
         if not self.scope.listed.all(): out['listed'] = _round(listed.numpy())
@@ -190,6 +221,15 @@ class Question:
             out[f'candidate_{k}'] = [tax.names[i] if i >= 0 else '' for i in c]
             out[f'candidate_{k}_probability'] = np.where(c >= 0, _round(p[np.arange(len(p)), c]), np.nan)
         return out
+
+    def lineage(self,
+        answers:np.ndarray, # (B,) nodes of the small tree
+    )->dict[str, list[str]]: # rank → (B,) name of the taxon at that rank, '' where there is none
+        "The named ranks of every answer, from the top down"
+        if self.ranks is None: return {}
+        tax, names = self.scope.tax, {}
+        for a in set(answers.tolist()): names[a] = {self.ranks.name(i): tax.names[k] for k in tax.ancestors(a) for i in self.scope.nodes[k:k+1]}
+        return {r: [names[a].get(r, '') for a in answers.tolist()] for r in self.ranks.names}
 
     def path(self, node:int)->str:
         "Names below the root, with / between them; '' for the root"
@@ -239,7 +279,7 @@ class Predictor(ModelHubMixin, library_name='hiermetric', pipeline_tag='image-cl
         detector:Detector|None=None, # fitted; tells how strange an image looks. None: 'softmax'
         val_strange:Tensor|None=None, # (n,) what it says about the validation images
         images:dict|None=None, # how images become features: backbone, size, fit, fill, backbone_fingerprint; None: features only
-        ranks:Ranks|str|Path|Sequence[str]|None=None, # which node has which rank; see `Ranks.read`
+        ranks:Ranks|str|Path|Sequence[str]|None=None, # which node has which rank, see `Ranks.read`; None: what the tree knows
         about:dict|None=None, # where it comes from, for people
         backbone:Backbone|None=None, # the network itself, where it cannot be had by name
     ):
@@ -248,7 +288,7 @@ class Predictor(ModelHubMixin, library_name='hiermetric', pipeline_tag='image-cl
         self.detector = detector
         self.val_strange = detector.score(Outputs(torch.zeros(len(val_probs), 1), torch.zeros(len(val_probs), self.taxonomy.n_leaves), val_probs)) if val_strange is None else val_strange
         self.images, self.about, self._given, self._running = images, about or {}, backbone, {}
-        self.ranks = ranks if ranks is None or isinstance(ranks, Ranks) else Ranks.read(ranks, self.taxonomy)
+        self.ranks = Ranks.of_tree(self.taxonomy) if ranks is None else ranks if isinstance(ranks, Ranks) else Ranks.read(ranks, self.taxonomy)
         self.calibration = TemperatureScaling()
         self.calibration.temperature, self.calibration.tax = self.temperature, self.taxonomy
 
@@ -562,18 +602,34 @@ def _read(cls:Predictor, folder:Path, taxonomy:Taxonomy|None=None, ranks:Any=Non
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as e: raise HiermetricError(f"The predictor in {folder} is damaged ({e}); save it again.") from e
     if out.val_probs.shape[1:] != (len(model.taxonomy),) or out.fingerprint != cfg['fingerprint']:
         raise HiermetricError(f"The calibration in {folder} does not belong to its weights ({out.fingerprint}, expected {cfg['fingerprint']}): files of different models are mixed. Copy the whole folder again, or train again.")
+    if gone := [o for some in model.taxonomy.contracted.values() for o in some]:
+        warnings.warn(f"The tree of this model was contracted: {len(gone)} taxa that have a single child there ({', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}) are never an answer. Predictor.expand() puts them back.", stacklevel=4)
     return out
 
+# %% ../nbs/15_predictor.ipynb #c4a17042
+@patch
+def expand(self:Predictor)->Predictor:
+    "The same predictor with the taxa put back that its tree lost by contraction; weights and leaf probabilities stay as they are"
+    old, new = self.taxonomy, self.taxonomy.expand()
+    if new is old: return self
+    head = create_head(taxonomy=new, name=_name(self.model.head), **_settings(self.model.head))
+    head.load_state_dict(self.model.head.state_dict())
+    own = np.cumsum([1 + len(old.contracted.get(i, ())) for i in range(len(old))]) - 1          # (N,) where each node stands now
+    heir = torch.from_numpy(np.searchsorted(own, np.arange(len(new))))                          # (N',) whose probability each node has
+    ranks = None if self.ranks is None else Ranks(self.ranks.names, np.where(np.isin(np.arange(len(new)), own), self.ranks.of[heir], -1))
+    detector = Detector.restore(self.detector.state() | {'taxonomy': new.fingerprint}, new)
+    return Predictor(Model(self.model.embedding, head, self.model.encoder), self.val_probs[:, heir].contiguous(), torch.from_numpy(own)[self.val_targets], self.temperature, detector, self.val_strange, self.images, ranks, self.about, self._given)
+
 # %% ../nbs/15_predictor.ipynb #b8af5f10
-_TEXT = ('image', 'answer', 'rank', 'path')
+_TEXT = ('image', 'answer', 'rank', 'path')   # without these it is no table of answers
 
 def _typed(rows:list[dict])->pd.DataFrame:
     "Text to the types of a table of answers"
     out = pd.DataFrame(rows)
     for c in out:
         if c == 'novel': out[c] = out[c].map(lambda o: str(o) in ('True', 'true', '1'))
-        elif c in (*_TEXT, 'guess') or re.fullmatch(r'candidate_\d+', c): out[c] = out[c].fillna('').astype(str)
-        else: out[c] = pd.to_numeric(out[c])
+        elif c == 'listed' or c.endswith('probability'): out[c] = pd.to_numeric(out[c])
+        else: out[c] = out[c].fillna('').astype(str)
     return out
 
 def _pairs(row:dict)->list[tuple[str, float]]: # names and probabilities
@@ -660,13 +716,15 @@ class EcoTaxa(Format):
 
 # %% ../nbs/15_predictor.ipynb #838829ce
 class DarwinCore(Format):
-    "Occurrences in Darwin Core terms"
+    "Occurrences in Darwin Core terms; the named ranks that are terms have columns of their own, others are among the dynamic properties"
+    terms = ('kingdom', 'phylum', 'class', 'order', 'superfamily', 'family', 'subfamily', 'tribe', 'subtribe', 'genus', 'subgenus')
+
     def pack(self, table:pd.DataFrame, model:str)->pd.DataFrame:
         def one(row:dict)->dict:
             above, then = row['path'].split('/')[:-1], _pairs(row)
             words = f"probability {row['probability']:g}" + (f"; then {', '.join(f'{n} {p:g}' for n, p in then)}" if then else '') + ('; unlike all that the model knows' if row['novel'] else '')
-            facts = {k: v for k, v in row.items() if k not in _TEXT and not k.startswith('candidate_')} | {'candidates': dict(then)}
-            return dict(occurrenceID=row['image'], basisOfRecord='MachineObservation', scientificName=row['answer'] if row['path'] else 'incertae sedis', taxonRank=row['rank'], higherClassification=' | '.join(above),
+            facts = {k: v for k, v in row.items() if k not in (*_TEXT, *self.terms) and not k.startswith('candidate_')} | {'candidates': dict(then)}
+            return dict(occurrenceID=row['image'], basisOfRecord='MachineObservation', scientificName=row['answer'] if row['path'] else 'incertae sedis', taxonRank=row['rank'], higherClassification=' | '.join(above), **{k: row[k] for k in self.terms if k in row},
                         verbatimIdentification=row['answer'], identifiedBy='', identificationVerificationStatus='PredictedByMachine', identificationReferences=model, identificationRemarks=words,
                         associatedMedia=row['image'], dynamicProperties=json.dumps(facts, ensure_ascii=False))
         return pd.DataFrame([one(o) for o in table.to_dict('records')])
@@ -674,7 +732,7 @@ class DarwinCore(Format):
     def unpack(self, row:dict[str, str])->dict:
         facts = json.loads(row['dynamicProperties']); c = facts.pop('candidates')
         path = '' if row['scientificName'] == 'incertae sedis' else '/'.join([*filter(None, row['higherClassification'].split(' | ')), row['verbatimIdentification']])
-        return {'image': row['associatedMedia'], 'answer': row['verbatimIdentification'], 'rank': row['taxonRank'], 'path': path} | facts | _unpaired(c.items(), len(c))
+        return {'image': row['associatedMedia'], 'answer': row['verbatimIdentification'], 'rank': row['taxonRank'], 'path': path} | {k: row[k] for k in self.terms if k in row} | facts | _unpaired(c.items(), len(c))
 
 FORMATS = Registry('format',
     csv=('hiermetric.predictor.Format', 'comma-separated, for R, pandas and spreadsheets'),
