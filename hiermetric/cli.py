@@ -57,7 +57,9 @@ def _main(
 
 # %% ../nbs/16_cli.ipynb #7362670d
 _Data = Annotated[str, typer.Option('--data', '-d', help="synthetic-taxa, tiny-imagenet, planktonset, cifar-100, or a folder with one folder of images a class.")]
-_Tree = Annotated[str | None, typer.Option('--taxonomy', help="CSV with the columns class,lineage (needed for a folder unless its folders are nested).")]
+_Tree = Annotated[str | None, typer.Option('--taxonomy', help="CSV with the columns class,lineage, or with a label and a column for each rank; a Newick file; a saved tree (needed for a folder unless its folders are nested).")]
+_Which = Annotated[int | None, typer.Option('--tree', min=1, help="Which tree of a Newick file with several; the first by default.")]
+_Contract = Annotated[bool, typer.Option('--contract', help="Take inner nodes with a single child out of the tree, which else stays as it is given.")]
 _Backbone = Annotated[str, typer.Option('--backbone', help="efficientnet_lite0, efficientnet_v2_s, resnet18, resnet50, or timm:NAME.")]
 _Size = Annotated[int | None, typer.Option('--size', min=16, help="Side of the square the images are brought to, in pixels; the backbone's own by default.")]
 _Skip = Annotated[bool, typer.Option('--skip-bad', help="List unreadable images and go on without them.")]
@@ -69,15 +71,20 @@ _Ranks = Annotated[str | None, typer.Option('--ranks', help="What the levels of 
 
 def _names(text:str)->list[str]: return [o.strip() for o in text.split(',') if o.strip()]
 
-def _features(data:str, taxonomy:str|None, held_out:str|None, backbone:str, size:int|None, skip_bad:bool)->Features:
+def _features(data:str, taxonomy:str|None, tree:int|None, contract:bool, held_out:str|None, backbone:str, size:int|None, skip_bad:bool)->Features:
     "Images by name or folder, their tree, their features; the last from the cache where they are"
     from hiermetric.datasets import load_dataset
     from hiermetric.features import extract
-    f = extract(load_dataset(data, taxonomy=taxonomy, held_out=_held(held_out)), backbone, size=size, skip_bad=skip_bad, progress=True)
+    table = load_dataset(data, taxonomy=taxonomy, tree=tree, contract=contract, held_out=_held(held_out))
+    _note_data(table)
+    f = extract(table, backbone, size=size, skip_bad=skip_bad, progress=True)
     _note_skipped(f)
     return f
 
 def _held(text:str|None)->int|list[str]: return int(text) if (text or '').strip().isdecimal() else _names(text or '')
+
+def _note_data(table:ImageTable)->None:
+    for o in table.notes: _say(f'Note: {o}', 'yellow')
 
 def _note_skipped(f:Features)->None:
     if skipped := f.meta['skipped']: _say('\n'.join([f'Note: {len(skipped)} unreadable images were left out.', *skipped]), 'yellow')
@@ -108,6 +115,8 @@ def _print_table(table:pd.DataFrame, title:str, caption:str|None=None)->None:
 def compare(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
+    tree:_Which=None,
+    contract:_Contract=False,
     held_out:_Held=None,
     heads:Annotated[str, typer.Option(help="Names with commas between them; the first is the baseline.")]='classifier,arcface',
     seeds:Annotated[int, typer.Option(min=1, help="Runs a head.")]=5,
@@ -127,7 +136,7 @@ def compare(
 
     [cyan]hiermetric compare --data planktonset --heads classifier,arcface,subcenter --seeds 5[/]
     """
-    features, where = _features(data, taxonomy, held_out, backbone, size, skip_bad), _folder(out, data)
+    features, where = _features(data, taxonomy, tree, contract, held_out, backbone, size, skip_bad), _folder(out, data)
     from hiermetric.experiment import compare
     report = compare(features, _names(heads), seeds, _names(rules), yardstick=yardstick, tune=tune, out=where, progress=True, device=device, **({'epochs': epochs} if epochs else {}))
     first = ['top-1 %', 'macro %', 'HD@1', 'severity', 'hF1 %', 'NLL']
@@ -139,6 +148,8 @@ def compare(
 def features(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
+    tree:_Which=None,
+    contract:_Contract=False,
     held_out:_Held=None,
     backbone:_Backbone='efficientnet_lite0',
     size:_Size=None,
@@ -151,13 +162,13 @@ def features(
 
     [cyan]hiermetric features --data tiny-imagenet --backbone timm:resnet18.a1_in1k[/]
     """
-    f = _features(data, taxonomy, held_out, backbone, size, skip_bad)
+    f = _features(data, taxonomy, tree, contract, held_out, backbone, size, skip_bad)
     if out is not None: f.save(out)
     counts = ', '.join(f'{n:,} {s}' for s, n in Counter(f.split).items())
     Console().print(Text(f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}' + (f'\nSaved: {out}' if out else '')), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #e38b9b9c
-_KEYS = dict(data='data.name', taxonomy='data.taxonomy', held_out='data.held_out', head='head', seed='seed', epochs='epochs', lr='lr', backbone='backbone', size='image_size', log='log')   # option → setting
+_KEYS = dict(data='data.name', taxonomy='data.taxonomy', tree='data.tree', contract='data.contract', held_out='data.held_out', head='head', seed='seed', epochs='epochs', lr='lr', backbone='backbone', size='image_size', log='log')   # option → setting
 
 def _config(ctx:typer.Context, config:Path|None, settings:list[str])->TrainConfig:
     "File, then options, then KEY=VALUE"
@@ -174,6 +185,8 @@ def train(
     config:Annotated[Path | None, typer.Option('--config', '-c', help="YAML file with the run's settings; options and KEY=VALUE change them.")]=None,
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
+    tree:_Which=None,
+    contract:_Contract=False,
     held_out:_Held=None,
     head:Annotated[str, typer.Option(help="A name of list_heads().")]='arcface',
     seed:Annotated[int, typer.Option(help="Of the weights, the order of the images, and dropout.")]=0,
@@ -201,7 +214,9 @@ def train(
     """
     cfg = _config(ctx, config, settings or [])
     where = _folder(out, cfg.data.name, f'{config.stem if config else cfg.head}-seed{cfg.seed}')
-    inputs = cfg.inputs(skip_bad, progress=True)
+    table = cfg.data.load()
+    _note_data(table)
+    inputs = cfg.inputs(skip_bad, progress=True, table=table)
     if not cfg.images: _note_skipped(inputs)
     run = cfg.train(where, inputs, resume=not fresh, device=device, workers=workers, compile=compile, progress=True)
     best = f"epoch {run.best_epoch + 1} of {len(run.history)}, validation top-1 {run.best['val_top1']:.1%}, NLL {run.best['val_nll']:.3f}"
@@ -217,6 +232,8 @@ def evaluate(
     run:Annotated[Path, typer.Argument(help="Folder that `hiermetric train` wrote.")],
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
+    tree:_Which=None,
+    contract:_Contract=False,
     held_out:_Held=None,
     split:Annotated[str, typer.Option(help="train, val, test, or unseen where classes are held out.")]='test',
     rules:Annotated[str, typer.Option(help="Decision rules, with commas between them.")]='argmax,crm,hie',
@@ -232,7 +249,7 @@ def evaluate(
     [cyan]hiermetric evaluate runs/mine --data cifar-100 --rules argmax,crm[/]
     [cyan]hiermetric evaluate runs/mine --data cifar-100 --held-out 10 --split unseen[/]
     """
-    f = _features(data, taxonomy, held_out, backbone, size, skip_bad)
+    f = _features(data, taxonomy, tree, contract, held_out, backbone, size, skip_bad)
     import pandas as pd
     from hiermetric.experiment import judge
     from hiermetric.training import load_run, predict, split_tensors
@@ -258,7 +275,7 @@ def predict(
     confidence:Annotated[float, typer.Option('--confidence', '-c', help="Wanted probability that an answer is right.")]=.95,
     rule:Annotated[str, typer.Option(help="How to decide; a name of list_rules().")]='guarantee',
     at:Annotated[str, typer.Option(help="To whom the rule guarantee keeps its promise: all images, those of every rank, or those of every clade below the root.")]='all',
-    rank:Annotated[str | None, typer.Option(help="Answer no more specifically than this: a level (1 is right below the root), or a rank the model knows.")]=None,
+    rank:Annotated[str | None, typer.Option(help="Answer no more specifically than this: a level (1 is right below the root), or a rank that the model's tree or --ranks names.")]=None,
     ranks:_Ranks=None,
     within:Annotated[str | None, typer.Option(help="Only these are possible: taxa with commas between them, or a file with a taxon a line.")]=None,
     candidates:Annotated[int, typer.Option(min=0, help="The next more specific taxa to name.")]=3,
@@ -296,17 +313,18 @@ def predict(
     _tell(said, question, flags, skipped, out)
 
 # %% ../nbs/16_cli.ipynb #f5836bfd
-def _read_tree(source:str)->Taxonomy:
+def _read_tree(source:str, tree:int|None=None)->Taxonomy:
     "A tree from whatever holds one"
     from hiermetric.datasets import load_dataset, read_taxonomy
     from hiermetric.taxonomy import Taxonomy
-    if Path(source).suffix: return read_taxonomy(source)
+    if Path(source).suffix: return read_taxonomy(source, tree)
     return Taxonomy.from_folder(source) if Path(source).is_dir() else load_dataset(source).taxonomy
 
 # %% ../nbs/16_cli.ipynb #a6943861
 @_taxonomy.command()
 def show(
-    source:Annotated[str, typer.Argument(help="A data set's name, a CSV (class,lineage), a Newick file, a saved tree (.npz), or nested folders.")],
+    source:Annotated[str, typer.Argument(help="A data set's name, a CSV (class,lineage or rank columns), a Newick file, a saved tree (.npz), or nested folders.")],
+    tree:_Which=None,
     depth:Annotated[int | None, typer.Option(min=1, help="Levels to show; all by default.")]=None,
 )->None:
     """Draw a tree, with the number of leaves at every branch.
@@ -316,9 +334,9 @@ def show(
     [cyan]hiermetric taxonomy show planktonset --depth 2[/]
     """
     from rich.tree import Tree
-    tax = _read_tree(source)
+    tax = _read_tree(source, tree)
     size = tax.leaf_stop - tax.leaf_start
-    name = lambda i: Text.assemble(str(tax.names[i]), (f'  {size[i]:,}', 'dim') if tax.heights[i] else '')
+    name = lambda i: Text.assemble(str(tax.names[i]), (f'  {size[i]:,}', 'dim') if tax.heights[i] else '', (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '')
     branches = {0: Tree(name(0))}
     for i in range(1, len(tax)):
         if depth is None or tax.depths[i] <= depth: branches[i] = branches[int(tax.parents[i])].add(name(i))

@@ -251,11 +251,12 @@ def _lines(c:_Settings)->Iterable[str]:
 def inputs(self:_Train,
     skip_bad:bool=False, # leave out files that cannot be read
     progress:bool=False, # a bar on the terminal
+    table:ImageTable|None=None, # the images, if they are loaded already
 )->Features|ImageTable:
     "The images, or their features from the cache where they are"
     from hiermetric.backbones import create_backbone
     from hiermetric.features import extract
-    table = self.data.load()
+    if table is None: table = self.data.load()
     if self.images: return table
     return extract(table, create_backbone(self.backbone, size=self.image_size, **{'fit': 'pad', 'fill': table.fill} | (self.backbone_kw or {})), skip_bad=skip_bad, progress=progress)
 

@@ -63,7 +63,7 @@ class Ranks:
         if not path.is_file(): raise HiermetricError(f"There is no table of ranks {path}.{_nearby(path)}")
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', TaxonomyWarning)   # a name at two ranks is what this is made for
-            table = Taxonomy.from_csv(path)
+            table = Taxonomy.from_csv(path, name='')
         of = _ranks_of(tax, table)
         if (of < 0).all(): raise HiermetricError(f"No name in {path} is in the tree of {tax.names[0]!r}; its columns should be ranks from the top down, and its cells names of taxa.")
         used = np.unique(of[of >= 0])

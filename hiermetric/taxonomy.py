@@ -624,14 +624,13 @@ def _lineages(path:Path, head:list[str], rows:list[tuple[int,list[str]]], name:s
     return [o[k] for o in clean], [_ended(o[:k], o[-1]) for o in clean]
 
 # %% ../nbs/00_taxonomy.ipynb #c4a17009
-def _rank_columns(path:Path, head:list[str], rows:list[tuple[int,list[str]]])->tuple[int|None,list[int]]: # column of the label, columns of the ranks from the top down
+def _rank_columns(path:Path, head:list[str], rows:list[tuple[int,list[str]]], labelled:bool)->tuple[int|None,list[int]]: # column of the label, columns of the ranks from the top down
     "What the columns of a table without a lineage are"
     order = [_RANKS.index(o.lower()) if o.lower() in _RANKS else -1 for o in head]
     others, label = [k for k,o in enumerate(order) if o>=0 and k], next((k for k,o in enumerate(head) if k and o.lower() in ('label', 'labels', 'folder')), None)
-    if len(head)<2: raise TaxonomyError(f"{path} has no column 'lineage'; it has {', '.join(map(repr, head)) or 'none'}. Give a class and its lineage, or a label and a column for each rank.")
-    if not others: return 0, list(range(1, len(head)))
+    if not others: raise TaxonomyError(f"{path} has no column 'lineage'; it has {', '.join(map(repr, head)) or 'none'}.{did_you_mean('lineage', head)} Give a class and its lineage, or a label and columns that are named after ranks (kingdom … species).")
     first = order[0]>=0 and order[0] not in [order[k] for k in others] and all(order[0]<order[k] for k in others)   # the top rank
-    if first and head[0].lower()=='class' and len(cells := [row[0] for _,row in rows])==len(set(cells)): first = False   # every row another: these are labels
+    if first and labelled and head[0].lower()=='class' and len(cells := [row[0] for _,row in rows])==len(set(cells)): first = False   # every row another: these are labels
     unused = [o for k,o in enumerate(head) if order[k]<0 and k and not (first and k==label)]
     if unused: warnings.warn(f"{path}: the columns {_few(unused)} are no ranks and were passed over.", TaxonomyWarning, stacklevel=4)
     return (label if first else 0), sorted(([0] if first else [])+others, key=lambda k: order[k])
@@ -650,7 +649,7 @@ def _ranked(path:Path, rows:list[tuple[int,list[str]]], label:int|None, columns:
 @patch(cls_method=True)
 def from_csv(cls:Taxonomy,
     path:str|Path, # a table with a header, in UTF-8
-    name:str|None=None, # column of the class; by default 'class' beside a lineage. With `ranks`: a class of its own below the ranks of its row
+    name:str|None=None, # column of the class; by default 'class' beside a lineage, or the first column; '' where all columns are ranks. With `ranks`: a class of its own below the ranks of its row
     lineage:str='lineage', # column with the path above the class; where there is none, the first column is the label and the others are ranks
     sep:str|None=None, # between the ranks of a lineage; None: what separates them in this file, of / > ; |
     ranks:Sequence[str]|None=None, # columns from the top rank down, instead of what the headings say
@@ -658,10 +657,10 @@ def from_csv(cls:Taxonomy,
 )->Taxonomy: # with `labels`, and with `ranks` where the table names them
     "Tree of a CSV with lineages or with rank columns"
     path = Path(path); head, rows = _read_csv(path)
-    if ranks is None and (lineage in head or name is not None):
+    if ranks is None and (lineage in head or name):
         labels, paths = _lineages(path, head, rows, name or 'class', lineage, sep)
         return _from_tuples(_own_rows(list(zip(labels, paths))), root, labels=labels)
-    if ranks is None: label, columns = _rank_columns(path, head, rows)
+    if ranks is None: label, columns = _rank_columns(path, head, rows, name is None)
     else: label, columns = None if name is None else _column(path, head, name), [_column(path, head, o, True) for o in ranks]
     labels, paths, places = _ranked(path, rows, label, columns)
     ends = _own_rows(list(zip(labels, paths))) if ranks is None or name is None else [_ended(p, o) if o else p for o,p in zip(labels, paths)]

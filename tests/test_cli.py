@@ -196,6 +196,63 @@ def test_predict_with_bad_input(world, trained, args, says, quick):
     Taxonomy.from_paths({'x': 'y'}).save(world/'regrown'/'taxonomy.npz')
     refused(inside(world, 'predict', *args), says)
 
+# Anybody's table: ranks as they come, chains, labels that are no names
+
+@pytest.fixture(scope='module')
+def ranked(world):
+    "A table of rank columns in which the heading `class` stands twice, genera with one species, a class at a family, a class without images and one without a rank"
+    rows = {'ant': 'Insecta,Hymenoptera,Formicidae,Formica,Formica rufa', 'bee': 'Insecta,Hymenoptera,Apidae,Apis,Apis mellifera', 'bug': 'Insecta,Hemiptera,Cimicidae,,', 'crow': 'Aves,Passeriformes,Corvidae,Corvus,Corvus corax', 'dove': 'Aves,,,,', 'yak': 'Mammalia,,Bovidae,Bos,Bos mutus'}
+    (world/'ranked.csv').write_text('class,class,order,family,genus,species\n' + ''.join(f'{k},{v}\n' for k, v in rows.items()))
+    r = command(world, 'train', '--data', 'zoo', '--taxonomy', 'ranked.csv', *SMALL, '--head', 'classifier', '--out', 'ranked'); ok(r)
+    return {k: [o or None for o in v.split(',')] for k, v in rows.items()}, r
+
+def test_notes_are_said_by_all_alike(world, ranked):
+    for r in (ranked[1], inside(world, 'features', '--data', 'zoo', '--taxonomy', 'ranked.csv', '--size', 32), inside(world, 'compare', '--data', 'zoo', '--taxonomy', 'ranked.csv', '--seeds', 1, '--heads', 'classifier', '--out', 'compared-ranked', *SMALL)):
+        ok(r); assert 'Note: 1 class without images was cut from the tree (yak)' in r.err
+
+def test_the_tree_of_a_model_is_the_table(world, ranked):
+    tax = Taxonomy.load(world/'ranked'/'model'/'taxonomy.npz')
+    assert tax.ranks == ('class', 'order', 'family', 'genus', 'species') and tax.labels.keys() == {'ant', 'bee', 'bug', 'crow', 'dove'}
+    assert {tax.path(i) for i in tax.leaves} == {'root/' + '/'.join(filter(None, v)) for k, v in ranked[0].items() if k not in ('yak', 'dove')} and tax.path(tax.label_index(['dove'])[0]) == 'root/Aves'
+    said = ok(inside(world, 'train', '--data', 'zoo', '--taxonomy', 'ranked.csv', '--contract', *SMALL, '--out', 'short'))
+    assert len(Taxonomy.load(world/'short'/'model'/'taxonomy.npz')) < len(tax)
+
+@pytest.mark.parametrize('rank', ['class', 'order', 'family', 'genus', 'species'])
+def test_a_rank_asked_for_is_a_rank_kept(world, ranked, tmp_path, quick, rank):
+    ok(inside(world, 'predict', 'zoo', '--model', 'ranked', '--rule', 'argmax', '--rank', rank, '--novel', 0, '--out', tmp_path/'t'))
+    t, names = pd.read_csv(tmp_path/'t', keep_default_na=False), ['class', 'order', 'family', 'genus', 'species']
+    at = {n: names[k] for row in ranked[0].values() for k, n in enumerate(row) if n}
+    most = names.index(rank)
+    for row in t.to_dict('records'):
+        own = next(v for v in ranked[0].values() if [o for o in v if o][-1] == row['guess'] or row['guess'] in v)
+        assert row['rank'] == at[row['answer']] and names.index(row['rank']) <= most
+        named = [o for o in own[:most+1] if o]
+        assert row['answer'] == named[-1] and [row[o] for o in names] == [o or '' for o in own[:names.index(row['rank'])+1]] + ['']*(4 - names.index(row['rank']))
+
+def test_darwin_core_has_the_ranks(world, ranked, tmp_path, quick):
+    ok(inside(world, 'predict', 'zoo', '--model', 'ranked', '--rule', 'argmax', '--novel', 0, '--format', 'dwc', '--out', tmp_path/'t'))
+    t = pd.read_csv(tmp_path/'t', keep_default_na=False); own = {v[-1]: v[:-1] for v in ranked[0].values() if v[-1]}
+    species = t[t.scientificName.isin(own)]
+    assert len(species) and set(species.taxonRank) == {'species'} and all(row[['class', 'order', 'family', 'genus']].tolist() == own[row.scientificName] for _, row in species.iterrows())
+    from hiermetric.predictor import FORMATS
+    back = FORMATS['dwc']().read(tmp_path/'t')
+    assert list(back)[:9] == ['image', 'answer', 'rank', 'path', 'class', 'order', 'family', 'genus', 'species'] and set(back.species) <= {'Formica rufa', 'Apis mellifera', 'Corvus corax', ''}
+
+def test_a_novel_image_is_no_known_species(world, ranked, tmp_path, quick):
+    ask = ('predict', 'zoo', '--model', 'ranked', '--rule', 'argmax', '--out')
+    ok(inside(world, *ask, tmp_path/'a', '--novel', 0)); ok(inside(world, *ask, tmp_path/'b', '--novel', .9))
+    a, b = (pd.read_csv(tmp_path/o, keep_default_na=False) for o in 'ab')
+    lone = b.novel & a['rank'].eq('species')
+    assert lone.any() and (b.answer[lone] == a.genus[lone]).all() and (b.answer[~b.novel] == a.answer[~b.novel]).all() and (b.probability == a.probability).all()
+
+def test_a_newick_file_with_several_trees(world):
+    (world/'two.nwk').write_text('((ant,bug)walker,bee,(crow,dove)bird);\n((ant,bee)Hymenoptera,bug,(crow,dove)bird);\n')
+    r = inside(world, 'taxonomy', 'show', 'two.nwk'); assert 'walker' in ok(r) and '2 trees, and this is the first' in r.err
+    assert 'Hymenoptera' in ok(inside(world, 'taxonomy', 'show', 'two.nwk', '--tree', 2))
+    ok(inside(world, 'features', '--data', 'zoo', '--taxonomy', 'two.nwk', '--tree', 2, '--size', 32))
+    refused(inside(world, 'features', '--data', 'zoo', '--taxonomy', 'two.nwk', '--tree', 3, '--size', 32), 'There is no tree 3; the source holds 2')
+    refused(inside(world, 'features', '--data', 'zoo', '--tree', 3, '--size', 32), 'chooses among the trees of a Newick file')
+
 # Bad input: DESIGN.md's last section, case by case
 
 def zoo(world, tmp_path, classes=CLASSES, csv=CLASSES, n=8):
@@ -236,7 +293,7 @@ def test_broken_taxonomy_file(world, tmp_path, csv, text):
     refused(inside(world, 'taxonomy', 'show', tmp_path/'bad.csv'), text)
 
 def test_what_was_mended_is_a_note_and_not_an_error(world, tmp_path):
-    (tmp_path/'twice.csv').write_text('class,lineage\nant,insect/ant\nbee,insect\n')
+    (tmp_path/'twice.csv').write_text('class,lineage\nant,insect/ant/red\nbee,insect\n')
     r = inside(world, 'taxonomy', 'show', tmp_path/'twice.csv')
     assert '2 leaves' in ok(r) and r.err.startswith('Note: ') and 'ant' in r.err and 'taxonomy.py' not in r.err
 

@@ -195,7 +195,7 @@ def test_unreadable_folder(tmp_path):
     finally: (d/'ant').chmod(0o755)
 
 @pytest.mark.parametrize('text, said', [
-    ('', "has no column 'lineage'"), ('class\nbee\n', "has no column 'lineage'; it has 'class'. Give a class and its lineage, or a label and a column for each rank."), ('class,lineage\nbee\n', 'line 2: 1 cells under a header of 2'),
+    ('', "has no column 'lineage'"), ('class\nbee\n', "has no column 'lineage'; it has 'class'. Give a class and its lineage, or a label and columns that are named after ranks (kingdom … species)."), ('class,lineage\nbee\n', 'line 2: 1 cells under a header of 2'),
     ('class,lineage\n,Insecta\n', 'line 2: the class is blank'), ('class,lineage\n', 'The tree is empty'), (b'class,lineage\nb\xe9e,Insecta\n', 'is not UTF-8')])
 def test_bad_csv(tmp_path, text, said):
     d = touch(tmp_path/'d', 'bee/1.jpg'); csv = tmp_path/'tree.csv'

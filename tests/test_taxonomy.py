@@ -307,7 +307,7 @@ def test_bad_trees(make, message):
 
 @pytest.mark.parametrize('text, kw, message', [
     ('class,lineage\n', {}, 'The tree is empty; give it at least one class.'), ('', {}, "has no column 'lineage'; it has none."),
-    ('name,lineage\ncat,mammal\n', {}, "has no column 'class'; it has 'name', 'lineage'."),
+    ('name,lineage\ncat,mammal\n', {}, "has no column 'class'; it has 'name', 'lineage'."), ('class,linage\ncat,a/b\n', {}, "has no column 'lineage'; it has 'class', 'linage'. Did you mean 'linage'? Give a class and its lineage, or a label and columns that are named after ranks"),
     ('class,lineage\ncat,mammal\n ,mammal\n', {}, ', line 3: the class is blank; name it or remove the line.'),
     ('class,lineage\nknife, fork,tool\n', {}, ", line 2: 3 cells under a header of 2; put quotes around a name that holds ','."),
     ('class,lineage\ncat\n', {}, ', line 2: 1 cells under a header of 2'),
@@ -583,7 +583,6 @@ def test_labels_that_share_a_taxon_are_classes_below_it(tmp_path):
     ('name,Species,Genus,Kingdom', 'x,A b,A,Animalia', 'x', 'Animalia/A/A b', ('kingdom', 'genus', 'species')),                # from the bottom up
     ('kingdom,class,species', 'Animalia,Aves,A b', 'A b', 'Animalia/Aves/A b', ('kingdom', 'class', 'species')),                # no label
     ('species,kingdom,genus', 'A b,Animalia,A', 'A b', 'Animalia/A', ('kingdom', 'genus')),                                     # the first column is the label
-    ('id,level 1,level 2', 'x,one,two', 'x', 'one/two', ('level 1', 'level 2')),
     ('kingdom,genus,label', 'Animalia,A,none', 'none', 'Animalia/A', ('kingdom', 'genus')),
     ('class,family,genus', 'x,incertae sedis,A', 'x', 'A', ('family', 'genus')), ('class,family,genus', 'x,Felidae incertae sedis,A', 'x', 'A', ('family', 'genus'))])
 def test_rank_columns_as_they_come(tmp_path, head, row, label, path, ranks):
