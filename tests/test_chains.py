@@ -1,9 +1,16 @@
 "A chain has one vote: every head learns the same from a whole tree and from the contracted one, and answers on the tree that it was given"
-import inspect, math
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from hiermetric.aam import ArcFace
 from hiermetric.core import HiermetricError
-from hiermetric.heads import HEADS, EmbeddingNet, Head, Model, create_head
+from hiermetric.hbce import HBCELoss, edge_weights
+from hiermetric.heads import HEADS, Classifier, EmbeddingNet, Head, LeafHead, Model, create_head, prototypes
+from hiermetric.multitask import MultiTask
+from hiermetric.pairs import create_loss
+from hiermetric.sphere import NodeHead, path_targets
 from hiermetric.taxonomy import Taxonomy
+from hiermetric.training import fit, predict, toy_features
+from hiermetric.unseen import model_outputs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -100,3 +107,127 @@ def test_weights_from_the_contracted_tree_fit_the_whole_one(name, tmp_path):
     model.save(tmp_path/'whole'); back = Model.load(tmp_path/'whole', WHOLE)
     with torch.no_grad(): assert torch.equal(back.node_probs(x), model.node_probs(x))
     with pytest.raises(HiermetricError, match='belongs to the taxonomy'): Model.load(tmp_path/'short', WHOLE)
+
+@st.composite
+def trees(draw, most=16):
+    "Any rooted tree; most of them have chains"
+    n = draw(st.integers(2, most)); back = draw(st.sampled_from([1, 2, most]))
+    return Taxonomy([str(i) for i in range(n)], [-1] + [draw(st.integers(max(0, i - back), i-1)) for i in range(1, n)])
+
+@pytest.mark.parametrize('name', [o for o in HEADS if o not in ('committee', 'kernel_ridge', 'diva', 'divide_conquer', 'bier', 'sndl', 'tree_gaussian', 'metric')])
+@settings(max_examples=10, deadline=None)
+@given(tax=trees(), seed=st.integers(0, 99))
+def test_losses_and_gradients_on_any_tree(name, tax, seed):
+    short, t = tax.prune(), torch.randint(0, len(tax), (8,), generator=torch.Generator().manual_seed(seed)); assert short == tax.chainless
+    grads = []
+    for o, v in ((tax, t), (short, tax.tensor('to_chainless')[t])):
+        head = make(name, o); torch.manual_seed(seed); emb = torch.randn(8, D, requires_grad=True); l = head.loss(emb, v); l.backward()
+        grads.append((l.item(), emb.grad, *(p.grad for p in head.parameters() if p.requires_grad)))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5, abs=1e-6)
+    for a, b in zip(grads[0][1:], grads[1][1:]): assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-5))
+
+def test_where_there_is_no_chain_nothing_is_mapped():
+    head = ArcFace(D, SHORT); t = torch.arange(len(SHORT)); p = torch.rand(2, len(SHORT)); assert head.tree is SHORT and head.on_tree(t) is t and head.on_taxonomy(p) is p
+    head = ArcFace(D, WHOLE); assert head.tree == SHORT and head.taxonomy is WHOLE and head.on_tree(torch.arange(len(WHOLE))).tolist() == MAP.tolist()
+    assert torch.equal(head.on_taxonomy(p), p[:, MAP])
+
+def test_a_chain_of_nothing_but_nodes():
+    "Root, inner node, leaf: one class, everything has probability 1"
+    tax = Taxonomy.from_parents({'r': None, 'x': 'r', 'y': 'x', 'z': 'y'})
+    for name in ('classifier', 'arcface', 'sphere_multi', 'sphere_hier', 'sphere_maxconstraint', 'path_softmax', 'conditional', 'attention', 'arcface_levels', 'semantic', 'hxe', 'hace'):
+        head = make(name, tax); p = head.node_probs(torch.randn(3, D)); assert p.shape == (3, 4) and torch.equal(p[:, 1], p[:, 3]) and head.loss(torch.randn(3, D), [1, 2, 3]).isfinite()
+
+# settings of nodes are those of the tree without chains
+
+M, N = len(SHORT) - 1, len(WHOLE) - 1
+
+@pytest.mark.parametrize('name,kw', [('sphere_multi', dict(prior=[.5]*N)), ('sphere_multi', dict(node_weights=[1.]*N)), ('sphere_hier', dict(prior=torch.full((N,), .5))), ('sphere_hier', dict(penalty_weight=[1.]*N)), ('sphere_maxconstraint', dict(node_weights=[1.]*N)), ('sphere_hier', dict(node_weights=[1.]*WHOLE.height))])
+def test_settings_of_the_wrong_size_say_which_tree_counts(name, kw):
+    with pytest.raises(HiermetricError) as e: create_head(name, D, WHOLE, **kw)
+    assert f'{M} ' in str(e.value) and 'of the tree without chains' in str(e.value)
+    with pytest.raises(HiermetricError) as e: create_head(name, D, SHORT, **kw)
+    assert f'{M} ' in str(e.value) and 'without chains' not in str(e.value)
+    head = create_head(name, D, WHOLE, **{k: torch.as_tensor(v)[:M] for k, v in kw.items()} if len(next(iter(kw.values()))) == N else {'node_weights': [1.]*SHORT.height}); assert head.loss(*data(10)).isfinite()
+
+def test_levels_are_those_of_the_tree_without_chains():
+    assert WHOLE.height > SHORT.height
+    with pytest.raises(HiermetricError, match=f'depth 1 to {SHORT.height} of this tree without its chains, not at {WHOLE.height}'): create_head('simple_hierarchy', D, WHOLE, level=WHOLE.height)
+    create_head('simple_hierarchy', D, WHOLE, level=SHORT.height)
+
+def test_counts_and_edges_that_a_user_would_make():
+    "`node_frequency` and `edge_weights` on the head's own tree fit its settings"
+    x, t = data(); head = create_head('sphere_hier', D, WHOLE, penalty_weight=edge_weights(path_targets(MAP[t], SHORT)[0], SHORT), prior=torch.full((M,), .1))
+    assert head.hbce.taxonomy is head.tree and head.loss(x, t).isfinite()
+    head.prepare(x, t); assert torch.equal(head.prior, torch.full((M,), .1))
+
+# free functions mean the tree that they are given
+
+def test_free_functions_count_what_they_are_given():
+    v = WHOLE.tensor('leaves'); z = torch.zeros(len(v), N)
+    assert HBCELoss(WHOLE)(z, v).isfinite() and path_targets(v, WHOLE)[0].shape == (len(v), N)
+    assert create_loss('tree_margin', WHOLE, D).beta.shape == (N + 1,) and create_head('metric', D, WHOLE, loss='tree_margin').criterion.beta.shape == (M + 1,)
+
+# rows of labels
+
+@pytest.mark.parametrize('name', ['diva', 'bier', 'sndl'])
+def test_rows_of_labels_are_folded(name):
+    "A row over the nodes of the whole tree counts a chain once"
+    kw = dict(pair_loss='tree_supcon', miner=None) if name == 'diva' else {}
+    x, t = data(60); whole, short = (make(name, tax, paths=True, **kw) for tax in (WHOLE, SHORT)); got = []
+    for head, o in ((whole, t), (short, MAP[t])):
+        for rows in (o, head.taxonomy.multi_hot(o)[:, 1:], head.taxonomy.multi_hot(o)[:, 1:].float()): torch.manual_seed(0); got.append(head.loss(x, rows).item())
+    assert got == pytest.approx([got[0]]*6, rel=1e-5)
+    with pytest.raises(HiermetricError, match=f'every node but the root, {N} of them, not {M}'): whole.loss(x, SHORT.multi_hot(MAP[t])[:, 1:])
+
+@pytest.mark.parametrize('name', ['diva', 'bier', 'sndl'])
+def test_sets_of_a_chain_are_those_of_its_end(name, tmp_path):
+    kw = dict(pair_loss='tree_supcon', miner=None) if name == 'diva' else {}
+    sets = torch.randint(0, 2, (len(SHORT), 4), generator=torch.Generator().manual_seed(0))
+    x, t = data(60); whole, short = make(name, WHOLE, sets=sets[MAP], **kw), make(name, SHORT, sets=sets, **kw)
+    assert train(whole, x, t, 1) == pytest.approx(train(short, x, MAP[t], 1), rel=1e-5) and torch.equal(whole.node_labels, short.node_labels)
+    Model(EmbeddingNet(D, D, kind='none'), whole).save(tmp_path/'m'); back = Model.load(tmp_path/'m')
+    assert back.head.sets == whole.sets and torch.equal(back.head.node_labels, whole.node_labels) and torch.equal(back.leaf_probs(x), whole.eval().leaf_probs(x))
+    with pytest.raises(HiermetricError, match=f'each of the {N+1} nodes'): make(name, WHOLE, sets=sets, **kw)
+
+# heads of users, which know `taxonomy` only
+
+class OwnHead(Head):
+    def __init__(self, in_features, taxonomy): super().__init__(in_features, taxonomy); self.weight = prototypes(len(taxonomy), in_features)
+    def logits(self, emb): return emb@self.weight.T
+    def node_probs(self, emb): return self.taxonomy.node_probs(self.logits(emb)[:, self.taxonomy.tensor('leaves')].softmax(1))
+    def loss(self, emb, targets): return F.cross_entropy(self.logits(emb), targets)
+
+class OwnLeafHead(Classifier):
+    def losses(self, emb, targets, column, under): return -self.taxonomy.node_probs(self.logits(emb).softmax(1)).gather(1, targets[:, None])[:, 0].log()
+
+class OwnTasks(MultiTask):
+    def __init__(self, in_features, taxonomy):
+        super().__init__(in_features, taxonomy, [4, 4]); self.own = create_loss('snca', taxonomy, 4)
+    def tasks(self, parts, targets, x): self.seen = targets; return self.own(parts[0], targets, None, self.rows)
+
+@pytest.mark.parametrize('cls', [OwnHead, OwnLeafHead, OwnTasks])
+def test_heads_of_users_go_on_working(cls):
+    x, t = data(); torch.manual_seed(0); head = cls(D, WHOLE); losses = train(head, x, t, 8)
+    assert losses[-1] < losses[0]
+    p = head.node_probs(x); assert p.shape == (len(x), N + 1) and torch.equal(p[:, CHAINS], p[:, WHOLE.heirs[CHAINS].astype(int)])
+    if cls is OwnTasks: head.loss(x, t); assert torch.equal(head.seen, t)   # node ids of the tree that it was given
+    if cls is OwnLeafHead: plain = Classifier(D, WHOLE); plain.load_state_dict(head.state_dict()); assert head.loss(x, t).item() == pytest.approx(plain.loss(x, t).item(), rel=1e-4)
+
+class OwnNodes(NodeHead):
+    def __init__(self, in_features, taxonomy, rows): super().__init__(in_features, taxonomy); self.weight = prototypes(rows, in_features)
+    def logits(self, emb): return F.linear(emb, self.weight)
+
+def test_node_logits_are_wanted_on_the_tree_without_chains():
+    x, t = data(20); head = OwnNodes(D, WHOLE, M); assert head.loss(x, t).isfinite() and head.node_probs(x).shape == (20, N + 1)
+    for f in (lambda h: h.loss(x, t), lambda h: h.node_probs(x)):
+        with pytest.raises(HiermetricError, match=f'OwnNodes gives {N} node logits, and {M} are wanted, one for each node below the root of the tree without chains'): f(OwnNodes(D, WHOLE, N))
+
+# through the package
+
+@pytest.mark.parametrize('head,kw', [('sphere_hier', {}), ('hace', {}), ('tree_gaussian', {}), ('metric', dict(loss='tree_triplet', miner='tree')), ('sndl', dict(dim=8))])
+def test_fit_on_the_whole_and_the_contracted_tree(head, kw):
+    "Training, validation and predictions; logits of nodes are read as leaves by `model_outputs`"
+    a = toy_features(WHOLE, 12); b = type(a)(a.x, SHORT.index([SHORT.names[WHOLE.to_chainless[o]] for o in a.targets]), a.split, SHORT, dict(a.meta)); runs = [fit(o, head, epochs=2, batch_size=32, embed_dim=D, log=(), seed=3, head_kw=kw) for o in (a, b)]
+    p, q = (predict(r.model, a, 'test') for r in runs); assert p.shape[1] == N + 1 and torch.allclose(p, q[:, MAP], atol=1e-5)
+    x = torch.from_numpy(np.ascontiguousarray(a.x[:9])); whole, short = (model_outputs(r.model, x) for r in runs)
+    assert whole.logits.shape == (9, L) and torch.allclose(whole.logits, short.logits, atol=1e-4) and torch.allclose(whole.node_probs, short.node_probs[:, MAP], atol=1e-5)
