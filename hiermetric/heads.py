@@ -128,13 +128,13 @@ def label_nll(
 
 # %% ../nbs/05_heads.ipynb #d87bd444
 def inverse_frequency(
-    targets:Tensor|Sequence[int], # (n,) node ids of the training samples; labels above the leaves are not counted
+    targets:Tensor|Sequence[int], # (n,) node ids of the training samples; labels above the leaves are not counted, but for those in a chain that ends in one
     taxonomy:Taxonomy, # that they belong to
     power:float=0.5, # 0: all equal; 0.5: one over the root of the size; 1: every class counts the same
 )->Tensor: # (L,) weights in leaf order; a sample weighs 1 on average
     "Class weights $n_j^{-\\mathrm{power}}$"
     targets = torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
-    column = taxonomy.tensor('leaf_column')[targets.long()]
+    column = taxonomy.chainless.tensor('leaf_column')[taxonomy.tensor('to_chainless')[targets.long()]]
     n = torch.bincount(column[column >= 0], minlength=taxonomy.n_leaves).double()
     w = n.clamp_min(1)**-power
     return (w/((w*n).sum()/n.sum().clamp_min(1)).clamp_min(torch.finfo(w.dtype).tiny)).float() if n.sum() else w.float()
