@@ -61,9 +61,9 @@ def prepare(self:TreeGaussian,
     targets:Tensor, # (n,) node ids; those above the leaves help the means only
 )->None:
     "Fit @eq-gaussian"
-    mean, n = tree_means(emb, targets, self.taxonomy, self.strength)
-    leaves, x = self.taxonomy.tensor('leaves', emb.device), emb.double()
-    at_leaf = self.labels(targets)[0] >= 0
+    at_leaf, targets = self.labels(targets)[0] >= 0, self.on_tree(targets)
+    mean, n = tree_means(emb, targets, self.tree, self.strength)
+    leaves, x = self.tree.tensor('leaves', emb.device), emb.double()
     if not at_leaf.any(): raise HiermetricError("TreeGaussian needs training images that are labelled with leaves, and there are none.")
     rest = (x - mean[targets])[at_leaf]
     cov = rest.T @ rest/len(rest)

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
 from .heads import check_targets
-from .sphere import SphereMulti, _node_weights, bce, closure, path_targets
+from .sphere import SphereMulti, _node_weights, _without_chains, bce, closure, path_targets
 
 # %% auto #0
 __all__ = ['PENALTIES', 'DISTANCES', 'CELLS', 'edge_weights', 'HBCELoss', 'max_constraint_loss', 'SphereMultiHier',
@@ -238,9 +238,9 @@ class SphereMultiHier(SphereMulti):
     "Hyperspherical multi-label head, trained with hierarchical binary cross-entropy, @eq-hbce"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # N nodes
+        taxonomy:Taxonomy, # N nodes; M without chains
         penalty:str='hinge', # on violated edges, one of `PENALTIES`
-        penalty_weight:float|Sequence[float]|Tensor=1., # λ, or (N−1,) λ·w
+        penalty_weight:float|Sequence[float]|Tensor=1., # λ, or (M−1,) λ·w of the tree without chains
         distance:str='none', # penalty on the distance from the truth, one of `DISTANCES`
         distance_weight:float=.1, # μ
         threshold:float=.5, # t of the hard penalties
@@ -249,31 +249,32 @@ class SphereMultiHier(SphereMulti):
         margin:str='positives', # who gets the margin, see `SphereMulti`
         bias:str='learned', # 'learned', 'fixed' or 'none'
         scale:str='fixed', # 'fixed', 'learned' or 'label'
-        prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: counted before training
+        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: counted before training
         tail:str='smooth', # see `add_margin`
         init:str='xavier_uniform', # rule that fills `weight`
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
         node_weights:float|str|Sequence[float]|Tensor=.5, # ω, see `SphereMulti`
     ):
         super().__init__(in_features, taxonomy, s=s, m=m, margin=margin, bias=bias, scale=scale, prior=prior, tail=tail, init=init, decode=decode, node_weights=node_weights)
-        self.hbce = HBCELoss(taxonomy, penalty, penalty_weight, distance, distance_weight, threshold=threshold)
+        if (w := torch.as_tensor(penalty_weight)).shape not in ((), (len(self.tree) - 1,)): raise HiermetricError(f"The weight of the penalty must be one number, or {len(self.tree)-1} (one for the edge above each node{_without_chains(self.tree, taxonomy)}); got shape {tuple(w.shape)}.")
+        self.hbce = HBCELoss(self.tree, penalty, penalty_weight, distance, distance_weight, threshold=threshold)
         self.penalty, self.distance, self.distance_weight, self.threshold = penalty, distance, self.hbce.distance_weight, self.hbce.threshold
-        self.penalty_weight = torch.as_tensor(penalty_weight).tolist()   # as a checkpoint can hold it
+        self.penalty_weight = w.tolist()   # as a checkpoint can hold it
 
-    def node_loss(self, node_logits:Tensor, targets:Tensor)->Tensor: return self.hbce(node_logits, targets, self.node_weights)
+    def node_loss(self, node_logits:Tensor, targets:Tensor)->Tensor: return self.hbce(node_logits, self.on_tree(targets), self.node_weights)
 
 # %% ../nbs/08_hbce.ipynb #a0b05f49
 class SphereMaxConstraint(SphereMulti):
     "Hyperspherical multi-label head, trained with the max-constraint loss, @eq-max-constraint, and read by closure"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # N nodes
+        taxonomy:Taxonomy, # N nodes; M without chains
         s:float=16., # scale
         m:float=0.1, # margin, radians, in [0, π)
         margin:str='positives', # who gets the margin, see `SphereMulti`
         bias:str='learned', # 'learned', 'fixed' or 'none'
         scale:str='fixed', # 'fixed', 'learned' or 'label'
-        prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: counted before training
+        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: counted before training
         tail:str='smooth', # see `add_margin`
         init:str='xavier_uniform', # rule that fills `weight`
         decode:str='closure', # from node logits to node probabilities, one of `DECODES`
@@ -281,4 +282,4 @@ class SphereMaxConstraint(SphereMulti):
     ):
         super().__init__(in_features, taxonomy, s=s, m=m, margin=margin, bias=bias, scale=scale, prior=prior, tail=tail, init=init, decode=decode, node_weights=node_weights)
 
-    def node_loss(self, node_logits:Tensor, targets:Tensor)->Tensor: return max_constraint_loss(node_logits, targets, self.taxonomy, self.node_weights)
+    def node_loss(self, node_logits:Tensor, targets:Tensor)->Tensor: return max_constraint_loss(node_logits, self.on_tree(targets), self.tree, self.node_weights)

@@ -58,11 +58,11 @@ class Head(nn.Module):
     rows: Tensor|None = None # (B,) which training images the batch holds; a trainer sets it, heads with a memory read it
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes
+        taxonomy:Taxonomy, # tree over the N nodes, chains and all: what labels and answers are about
     ):
         super().__init__()
         if in_features < 1: raise HiermetricError(f"A head needs at least one input feature, not {in_features}.")
-        self.in_features, self.taxonomy = int(in_features), taxonomy
+        self.in_features, self.taxonomy, self.tree = int(in_features), taxonomy, taxonomy.chainless   # `tree`, of M nodes, is what is learnt on
 
     def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
@@ -83,11 +83,14 @@ class Head(nn.Module):
         check_embeddings(emb, self.in_features, values)
         if targets is not None: check_targets(targets, self.taxonomy, len(emb), values)
 
+    def on_tree(self, targets:Tensor)->Tensor: return targets if self.tree is self.taxonomy else self.taxonomy.tensor('to_chainless', targets.device)[targets]
+    def on_taxonomy(self, probs:Tensor)->Tensor: return probs if self.tree is self.taxonomy else probs.index_select(-1, self.taxonomy.tensor('to_chainless', probs.device))
+
     def full(self, emb:Tensor)->Tensor: return emb.to(torch.promote_types(self.weight.dtype, torch.float32))
 
     def forward(self,
         emb:Tensor, # (B, D)
-    )->Tensor: # (B, L) or (B, N−1), as the head scores leaves or nodes; float32 or better
+    )->Tensor: # (B, L) or (B, M−1), as the head scores leaves or nodes of `tree`; float32 or better
         "Logits at inference, no margin"
         self.check(emb)
         with torch.autocast(emb.device.type, enabled=False): return self.logits(self.full(emb))
@@ -125,13 +128,13 @@ def label_nll(
 
 # %% ../nbs/05_heads.ipynb #d87bd444
 def inverse_frequency(
-    targets:Tensor|Sequence[int], # (n,) node ids of the training samples; labels above the leaves are not counted
+    targets:Tensor|Sequence[int], # (n,) node ids of the training samples; labels above the leaves are not counted, but for those in a chain that ends in one
     taxonomy:Taxonomy, # that they belong to
     power:float=0.5, # 0: all equal; 0.5: one over the root of the size; 1: every class counts the same
 )->Tensor: # (L,) weights in leaf order; a sample weighs 1 on average
     "Class weights $n_j^{-\\mathrm{power}}$"
     targets = torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
-    column = taxonomy.tensor('leaf_column')[targets.long()]
+    column = taxonomy.chainless.tensor('leaf_column')[taxonomy.tensor('to_chainless')[targets.long()]]
     n = torch.bincount(column[column >= 0], minlength=taxonomy.n_leaves).double()
     w = n.clamp_min(1)**-power
     return (w/((w*n).sum()/n.sum().clamp_min(1)).clamp_min(torch.finfo(w.dtype).tiny)).float() if n.sum() else w.float()
@@ -153,9 +156,10 @@ class LeafHead(Head):
 
     def labels(self,
         targets:Tensor, # (B,) node ids
-    )->tuple[Tensor, Tensor|None]: # (B,) leaf column, −1 above the leaves; (B, L) bool leaves under each label, None where all labels are leaves
+    )->tuple[Tensor, Tensor|None]: # (B,) leaf column, −1 above the leaves of `tree`; (B, L) bool leaves under each label, None where all labels are leaves
         "Where the labels lie in the row of leaves"
-        column, start, stop = (self.taxonomy.tensor(k, targets.device)[targets] for k in ('leaf_column', 'leaf_start', 'leaf_stop'))
+        targets = self.on_tree(targets)
+        column, start, stop = (self.tree.tensor(k, targets.device)[targets] for k in ('leaf_column', 'leaf_start', 'leaf_stop'))
         if targets.device.type == 'cpu' and (column >= 0).all(): return column, None
         j = torch.arange(self.taxonomy.n_leaves, device=targets.device)
         return column, (j >= start[:, None]) & (j < stop[:, None])

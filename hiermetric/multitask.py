@@ -78,17 +78,26 @@ def give_labels(self:MultiTask,
     "Remember which labels each node has"
     if self.paths and sets is not None: raise HiermetricError("An image's labels are the nodes of its path (paths=True) or a row of `sets`; give one of the two.")
     rows = None if sets is None else label_rows(sets, self.taxonomy)
-    self.register_buffer('node_labels', rows, persistent=False)
+    self.register_buffer('node_labels', None if rows is None else rows[self.taxonomy.tensor('heirs').unique()], persistent=False)   # (M, C)
     self.sets = None if rows is None else rows.int().tolist()   # a setting, so that a saved model knows its labels before its weights
-    self.n_labels = len(self.taxonomy) - 1 if rows is None else rows.shape[1]
+    self.n_labels = len(self.tree) - 1 if rows is None else rows.shape[1]
+
+@patch
+def fold(self:MultiTask,
+    rows:Tensor, # (B, N−1) multi-hot
+)->Tensor: # (B, M−1) of the same type
+    "Rows over the nodes of the tree without chains: a chain has the label where one of its nodes has it"
+    if self.tree is self.taxonomy: return rows
+    at = self.taxonomy.tensor('to_chainless', rows.device)[1:] - 1
+    return torch.zeros(len(rows), self.n_labels, device=rows.device).index_add(1, at, rows.float()).clamp_max(1).to(rows.dtype)
 
 @patch
 def spell_out(self:MultiTask,
     targets:Tensor, # (B,) node ids
 )->Tensor: # (B, C) rows of labels, or the node ids where an image has one label
     "Labels as the losses take them"
-    if self.paths: return self.taxonomy.multi_hot(targets)[:, 1:]
-    return targets if self.sets is None else self.node_labels[targets]
+    if self.paths: return self.tree.multi_hot(self.on_tree(targets))[:, 1:]
+    return targets if self.sets is None else self.node_labels[self.on_tree(targets)]
 
 # %% ../nbs/13_multitask.ipynb #c0e84035
 @patch
@@ -117,7 +126,9 @@ def loss(self:MultiTask,
     "The tasks together; in training the class means follow"
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None))
     check_embeddings(emb, self.in_features, emb.device.type == 'cpu'); check_labels(targets, self.taxonomy, len(emb), True)
-    if targets.ndim == 2 and targets.shape[1] != self.n_labels: raise HiermetricError(f"Multi-hot labels have one column for every {'node but the root' if self.sets is None else 'label of `sets`'}, {self.n_labels} of them, not {targets.shape[1]}.")
+    if targets.ndim == 2:
+        if targets.shape[1] != (n := len(self.taxonomy) - 1 if self.sets is None else self.n_labels): raise HiermetricError(f"Multi-hot labels have one column for every {'node but the root' if self.sets is None else 'label of `sets`'}, {n} of them, not {targets.shape[1]}.")
+        if self.sets is None: targets = self.fold(targets)
     with torch.autocast(emb.device.type, enabled=False):
         x = self.full(emb); parts = self.split(x)
         if targets.ndim == 1:
@@ -211,8 +222,8 @@ class DiVA(MultiTask):
         if min(shared, intra, single, decorrelate) < 0 or not temperature > 0: raise HiermetricError(f"Weights of tasks must be at least 0 and the temperature above it; got shared={shared}, intra={intra}, single={single}, decorrelate={decorrelate}, temperature={temperature}.")
         self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.weights = int(dim), pair_loss, pair_kw, miner, miner_kw, weights
         self.shared, self.intra, self.single, self.decorrelate, self.temperature = float(shared), float(intra), float(single), float(decorrelate), float(temperature)
-        self.criteria = nn.ModuleList(create_loss(pair_loss, taxonomy, dim, **pair_kw or {}) for _ in range(2))
-        self.find = None if miner is None else create_miner(miner, taxonomy, self.criteria[0].distance, **miner_kw or {})
+        self.criteria = nn.ModuleList(create_loss(pair_loss, self.tree, dim, **pair_kw or {}) for _ in range(2))
+        self.find = None if miner is None else create_miner(miner, self.tree, self.criteria[0].distance, **miner_kw or {})
         self.check_pairs(self.criteria[0], self.find)
         self.adversaries = nn.ModuleList(Decorrelation([dim, dim]) for _ in range(3))
 
@@ -224,10 +235,10 @@ def tasks(self:DiVA,
     x:Tensor, # (B, F) the features
 )->Tensor: # scalar
     "@eq-diva"
-    first, across, inside, single = parts
+    targets, (first, across, inside, single) = self.on_tree(targets), parts
     loss = mined_loss(self.criteria[0], self.find, first, targets)
     if self.shared: loss = loss + self.shared*mined_loss(self.criteria[1], self.find, across, targets[torch.randperm(len(targets), device=x.device)])
-    if self.intra: loss = loss + self.intra*triplet_loss(inside, intra_triplets(targets, self.taxonomy))
+    if self.intra: loss = loss + self.intra*triplet_loss(inside, intra_triplets(targets, self.tree))
     if self.single: loss = loss + self.single*instance_loss(single, self.split(x)[3], self.rows, self.temperature)
     if self.decorrelate: loss = loss + self.decorrelate*sum(o([part, first]) for o, part in zip(self.adversaries, parts[1:]))
     return loss
@@ -266,8 +277,8 @@ class DivideConquer(MultiTask):
         if learners < 1 or dim % learners or every < 1: raise HiermetricError(f"The dimensions are shared evenly among at least one learner, who is given images at least every epoch; got dim={dim}, learners={learners}, every={every}.")
         super().__init__(in_features, taxonomy, [dim//learners]*learners, None, block, dropout, paths, sets, momentum)
         self.learners, self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.every, self.conquer = int(learners), int(dim), pair_loss, pair_kw, miner, miner_kw, int(every), conquer
-        self.criteria = nn.ModuleList(create_loss(pair_loss, taxonomy, o, **pair_kw or {}) for o in [*self.sizes, dim])   # the last for all together
-        self.find = None if miner is None else create_miner(miner, taxonomy, self.criteria[0].distance, **miner_kw or {})
+        self.criteria = nn.ModuleList(create_loss(pair_loss, self.tree, o, **pair_kw or {}) for o in [*self.sizes, dim])   # the last for all together
+        self.find = None if miner is None else create_miner(miner, self.tree, self.criteria[0].distance, **miner_kw or {})
         self.check_pairs(self.criteria[0], self.find)
         self.register_buffer('cluster', torch.zeros(0, dtype=torch.long)); self.register_buffer('looks', torch.zeros((), dtype=torch.long))
 
@@ -298,6 +309,7 @@ def tasks(self:DivideConquer,
     x:Tensor, # (B, F) not looked at
 )->Tensor: # scalar
     "@eq-match; without rows or clusters every learner sees the whole batch"
+    targets = self.on_tree(targets)
     if self.conquer is not None and self.epoch >= self.conquer: return mined_loss(self.criteria[-1], self.find, self.join(parts), targets, self.rows)
     whose = None if self.rows is None or not len(self.cluster) else self.cluster[self.rows]
     mine = [torch.ones(len(x), dtype=torch.bool, device=x.device) if whose is None else (whose == k) | (whose < 0) for k in range(self.learners)]
@@ -320,9 +332,9 @@ class BIER(MultiTask):
         K = len(sizes)
         super().__init__(in_features, taxonomy, sizes, [2*(k + 1)/(K*(K + 1)) for k in range(K)] if K else None, block, dropout, paths, sets, momentum)
         self.alpha, self.beta, self.cost, self.decorrelate = float(alpha), float(beta), float(cost), float(decorrelate)
-        self.criterion = BoostedDeviance(sum(sizes), taxonomy, self.sizes, alpha, beta, cost, decorrelate)
+        self.criterion = BoostedDeviance(sum(sizes), self.tree, self.sizes, alpha, beta, cost, decorrelate)
 
-    def tasks(self, parts:list[Tensor], targets:Tensor, x:Tensor)->Tensor: return self.criterion(torch.cat(parts, 1), targets)
+    def tasks(self, parts:list[Tensor], targets:Tensor, x:Tensor)->Tensor: return self.criterion(torch.cat(parts, 1), self.on_tree(targets))
 
 # %% ../nbs/13_multitask.ipynb #4030abdb
 class SNDL(MultiTask):
@@ -343,8 +355,8 @@ class SNDL(MultiTask):
         super().__init__(in_features, taxonomy, [dim], None, block, dropout, paths, sets, momentum)
         if ce < 0: raise HiermetricError(f"The weight of the classifier must be at least 0, not {ce}.")
         self.dim, self.temperature, self.memory, self.ce, self.sharpness = int(dim), float(temperature), float(memory), float(ce), float(sharpness)
-        self.criterion = NeighbourNCA(dim, taxonomy, temperature, memory)
-        self.classes = nn.Linear(dim, self.n_labels)   # one output a label; without `sets`, one for every node but the root
+        self.criterion = NeighbourNCA(dim, self.tree, temperature, memory)
+        self.classes = nn.Linear(dim, self.n_labels)   # one output a label; without `sets`, one for every node of `tree` but the root
 
 # %% ../nbs/13_multitask.ipynb #9442861f
 @patch
@@ -354,9 +366,9 @@ def tasks(self:SNDL,
     x:Tensor, # (B, F) not looked at
 )->Tensor: # scalar
     "@eq-sndl"
-    z, near = self.sharpness*self.classes(parts[0]), self.criterion(parts[0], targets, None, self.rows)
+    z, near = self.sharpness*self.classes(parts[0]), self.criterion(parts[0], self.on_tree(targets), None, self.rows)
     if targets.ndim == 2: return near + self.ce*F.binary_cross_entropy_with_logits(z, targets.to(z.dtype))
-    return near + self.ce*label_nll(z[:, self.taxonomy.tensor('leaves', z.device) - 1], *self.labels(targets)).mean()
+    return near + self.ce*label_nll(z[:, self.tree.tensor('leaves', z.device) - 1], *self.labels(targets)).mean()
 
 # %% ../nbs/13_multitask.ipynb #5bfe02bd
 def read_multi_hot(

@@ -758,6 +758,8 @@ class ClassMeans(LeafHead):
         self.register_buffer('count', torch.zeros(taxonomy.n_leaves))
         self.register_buffer('scale', torch.tensor(16. if distance == 'cosine' else 8.))
 
+    def on_tree(self, targets:Tensor)->Tensor: return targets if targets.ndim == 2 else super().on_tree(targets)   # rows of labels know no chains
+
 # %% ../nbs/13_pairs.ipynb #c6c71023
 @patch
 def follow(self:ClassMeans,
@@ -765,7 +767,7 @@ def follow(self:ClassMeans,
     targets:Tensor, # (B,) node ids
 )->None:
     "Move the means of the classes in a batch towards it; the first time, all the way"
-    mean, n = class_means(x, targets, self.taxonomy)
+    mean, n = class_means(x, self.on_tree(targets), self.tree)
     step = torch.where(self.count > 0, 1 - self.momentum, 1.)*(n > 0)
     self.weight.lerp_(mean.to(self.weight.dtype), step[:, None]); self.count.add_(n)
 
@@ -799,7 +801,7 @@ def prepare(self:ClassMeans,
 )->None:
     "The losses see the labels of the training split"
     for o in self.modules():
-        if isinstance(o, PairLoss): o.prepare(targets)
+        if isinstance(o, PairLoss): o.prepare(targets if o.taxonomy is self.taxonomy else self.on_tree(targets))
 
 @patch
 def conclude(self:ClassMeans,
@@ -807,7 +809,7 @@ def conclude(self:ClassMeans,
     targets:Tensor, # (n,) node ids
 )->None:
     "Exact means; the losses have seen enough"
-    mean, n = class_means(self.represent(emb), targets, self.taxonomy)
+    mean, n = class_means(self.represent(emb), self.on_tree(targets), self.tree)
     self.weight.copy_(mean); self.count.copy_(n)
     for o in self.modules():
         if isinstance(o, PairLoss): o.conclude()
@@ -829,7 +831,7 @@ class MetricHead(ClassMeans):
     "A loss on pairs or proxies, by name; leaves by their means, @eq-means"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
+        taxonomy:Taxonomy, # L leaves, N nodes; the loss compares in the tree without chains
         loss:str='multi_similarity', # one of `LOSSES`
         loss_kw:dict|None=None, # its settings
         miner:str|None=None, # one of `MINERS`; None: all pairs
@@ -837,10 +839,10 @@ class MetricHead(ClassMeans):
         distance:str|None=None, # 'cosine' or 'euclidean'; None: what the loss was made for
         momentum:float=0.9, # of the running means: what stays of the old one
     ):
-        criterion = create_loss(loss, taxonomy, in_features, **loss_kw or {}, **{} if distance is None else {'distance': distance})
+        criterion = create_loss(loss, taxonomy.chainless, in_features, **loss_kw or {}, **{} if distance is None else {'distance': distance})
         super().__init__(in_features, taxonomy, criterion.represent(torch.zeros(1, in_features)).shape[1], criterion.distance, momentum)
         self.settings = dict(in_features=in_features, loss=loss, loss_kw=loss_kw, miner=miner, miner_kw=miner_kw, distance=distance, momentum=momentum)
-        self.criterion, self.miner = criterion, None if miner is None else create_miner(miner, taxonomy, self.distance, **miner_kw or {})
+        self.criterion, self.miner = criterion, None if miner is None else create_miner(miner, self.tree, self.distance, **miner_kw or {})
         if miner and (self.criterion.takes == 'none' or self.criterion.takes == 'plain' and not self.miner.plain):
             raise HiermetricError(f"The loss {loss!r} {'looks at no pairs, so it takes no miner' if self.criterion.takes == 'none' else f'knows only same and different, and the miner {miner!r} finds triplets of another kind'}; leave the miner out, or choose another.")
 
@@ -860,5 +862,6 @@ def loss(self:MetricHead,
         with torch.no_grad():
             x = self.represent(emb)
             if self.training: self.follow(x, targets)
+            targets = self.on_tree(targets)
             found = self.miner(x, targets) if self.miner is not None and len(x) else None
         return self.criterion(emb, targets, found, rows)

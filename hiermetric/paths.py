@@ -91,18 +91,18 @@ class Objective(LeafHead):
 class StepObjective(Objective):
     "A weighted sum of the steps' losses; a subclass defines `weights(depth)`"
     def weights(self,
-        depth:Tensor, # (B, 1) depth of each label
-    )->Tensor: # (B, H), or (H,) where the depth does not matter
-        return torch.ones(self.taxonomy.height, device=depth.device)
+        depth:Tensor, # (B, 1) depth of each label in `tree`, the tree without chains
+    )->Tensor: # (B, H), or (H,) where the depth does not matter; H is the height of `tree`
+        return torch.ones(self.tree.height, device=depth.device)
 
-    def steps(self, device:torch.device)->Tensor: return torch.arange(1, self.taxonomy.height+1, device=device)   # (H,) depth at which each step ends
+    def steps(self, device:torch.device)->Tensor: return torch.arange(1, self.tree.height+1, device=device)   # (H,) depth at which each step ends
 
     def nll(self,
         logits:Tensor, # (B, L)
         targets:Tensor, # (B,) node ids
     )->Tensor: # (B,)
-        depth = self.taxonomy.tensor('depths', targets.device)[targets, None]
-        return (self.weights(depth)*path_steps(logits, targets, self.taxonomy)).sum(1)
+        targets = self.on_tree(targets); depth = self.tree.tensor('depths', targets.device)[targets, None]
+        return (self.weights(depth)*path_steps(logits, targets, self.tree)).sum(1)
 
 # %% ../nbs/09_paths.ipynb #95255efd
 class HXE(StepObjective):
@@ -156,7 +156,7 @@ class SimpleHierarchy(StepObjective):
         taxonomy:Taxonomy, # L leaves, N nodes
         base:str='classifier', # name of the leaf head that makes the logits
         base_kw:dict|None=None, # its settings
-        level:int=1, # depth of the coarse classes; a leaf above it stands for itself
+        level:int=1, # depth of the coarse classes in the tree without chains; a leaf above it stands for itself
         fine:float=1., # weight of the leaves
         coarse:float=0.5, # weight of the coarse classes
         fine_start:float=0., # epoch at which the leaves' loss begins
@@ -166,7 +166,7 @@ class SimpleHierarchy(StepObjective):
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, base, base_kw, class_weights)
-        if not 1 <= level <= max(taxonomy.height, 1): raise HiermetricError(f"Coarse classes can be at depth 1 to {taxonomy.height} of this tree, not at {level}.")
+        if not 1 <= level <= max(self.tree.height, 1): raise HiermetricError(f"Coarse classes can be at depth 1 to {self.tree.height} of this tree{'' if self.tree is taxonomy else ' without its chains'}, not at {level}.")
         if min(fine, coarse) < 0 or fine + coarse <= 0: raise HiermetricError(f"The weights of fine and coarse classes must not be negative nor both 0; got fine={fine}, coarse={coarse}.")
         if min(fine_start, coarse_start) > 0: raise HiermetricError(f"With fine_start={fine_start} and coarse_start={coarse_start} nothing would be learnt in the first epochs; let one of them be 0.")
         self.level, self.fine, self.coarse, self.fine_start, self.fine_ramp, self.coarse_start, self.coarse_ramp = level, fine, coarse, fine_start, fine_ramp, coarse_start, coarse_ramp
@@ -201,7 +201,7 @@ class SoftLabels(Objective):
         self.beta = float(beta)
 
     def nll(self, logits:Tensor, targets:Tensor)->Tensor:
-        d = leaf_costs(targets, self.taxonomy).to(logits.dtype); under = d == 0
+        d = leaf_costs(self.on_tree(targets), self.tree).to(logits.dtype); under = d == 0
         share = torch.where(under, 0., (-self.beta*d).exp()); total = 1 + share.sum(1, keepdim=True)
         outside = share*(-self.beta*d - total.log() - logits.log_softmax(1))
         return ((subtree_nll(logits, under)[:, None] - total.log() + outside.sum(1, keepdim=True))/total)[:, 0]
@@ -222,7 +222,7 @@ class SoftMaxMargin(Objective):
         self.tau = float(tau)
 
     def nll(self, logits:Tensor, targets:Tensor)->Tensor:
-        d = leaf_costs(targets, self.taxonomy)
+        d = leaf_costs(self.on_tree(targets), self.tree)
         return subtree_nll(logits + self.tau*d, d == 0)
 
 # %% ../nbs/09_paths.ipynb #bbcf872e
@@ -269,29 +269,29 @@ class PathSoftmax(LeafHead):
     "Leaf score = sum of the node scores on its path; softmax over the leaves [@valmadre2022hierarchical]"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        init:str='xavier_uniform', # rule that fills `weight` (N−1, D); `bias` starts at 0
+        taxonomy:Taxonomy, # L leaves, N nodes; M without chains
+        init:str='xavier_uniform', # rule that fills `weight` (M−1, D); `bias` starts at 0
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, class_weights)
-        self.init, self.weight, self.bias = init, prototypes(len(taxonomy)-1, in_features, init), nn.Parameter(torch.zeros(len(taxonomy)-1))
+        self.init, self.weight, self.bias = init, prototypes(len(self.tree)-1, in_features, init), nn.Parameter(torch.zeros(len(self.tree)-1))
 
-    def scores(self, emb:Tensor)->Tensor: return F.linear(emb, self.full(self.weight), self.full(self.bias))   # (B, N−1)
-    def logits(self, emb:Tensor)->Tensor: return leaf_sums(self.scores(emb), self.taxonomy)
+    def scores(self, emb:Tensor)->Tensor: return F.linear(emb, self.full(self.weight), self.full(self.bias))   # (B, M−1)
+    def logits(self, emb:Tensor)->Tensor: return leaf_sums(self.scores(emb), self.tree)
 
 # %% ../nbs/09_paths.ipynb #75d2d77e
 class ConditionalSoftmax(PathSoftmax):
     "A softmax among the children of every node; probabilities multiply along the path [@redmon2017yolo9000]"
     def log_conditionals(self,
         emb:Tensor, # (B, D)
-    )->Tensor: # (B, N−1)
+    )->Tensor: # (B, M−1)
         "log p(node | parent)"
-        return sibling_log_softmax(self.scores(emb), self.taxonomy)
+        return sibling_log_softmax(self.scores(emb), self.tree)
 
-    def logits(self, emb:Tensor)->Tensor: return leaf_sums(self.log_conditionals(emb), self.taxonomy)
+    def logits(self, emb:Tensor)->Tensor: return leaf_sums(self.log_conditionals(emb), self.tree)
 
     def losses(self, emb:Tensor, targets:Tensor, column:Tensor, under:Tensor|None)->Tensor:
-        path, depth = root_path(targets, self.taxonomy), self.taxonomy.tensor('depths', emb.device)[targets, None]
+        targets = self.on_tree(targets); path, depth = root_path(targets, self.tree), self.tree.tensor('depths', emb.device)[targets, None]
         steps = F.pad(self.log_conditionals(emb), (1, 0)).gather(1, path)
         return -torch.where(torch.arange(path.shape[1], device=emb.device) <= depth, steps, 0.).sum(1)
 
@@ -302,21 +302,21 @@ class ArcFaceMultiHead(ArcFace):
     "An ArcFace on each level of the levelled tree; leaves are ranked by the product over their path"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes, height H
+        taxonomy:Taxonomy, # L leaves; without chains M nodes and height H
         joint:str='mean', # how levels become a leaf's score: geometric 'mean' of their probabilities, 'product', or the 'last' level alone
         s:float=16., # scale
         m:float=0.2, # margin, radians, in [0, π)
         tail:str='smooth', # logit past θ = π − m, see `add_margin`
-        init:str='xavier_uniform', # rule that fills `weight` (M, D), M being the nodes on all levels
+        init:str='xavier_uniform', # rule that fills `weight` (K, D), K being the nodes on all levels
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, m, tail, init, class_weights)
-        self.joint, self.levelled = choice('joint score', joint, JOINTS), taxonomy.level_leaves()
+        self.joint, self.levelled = choice('joint score', joint, JOINTS), self.tree.level_leaves()
         self.weight = prototypes(len(self.levelled)-1, in_features, init)
-        copies = (taxonomy.height - taxonomy.tensor('depths'))*(taxonomy.tensor('heights') == 0)
-        self.register_buffer('top', torch.arange(len(taxonomy)) + copies.cumsum(0) - copies, persistent=False)   # (N,) number of each node in the levelled tree
+        copies = (self.tree.height - self.tree.tensor('depths'))*(self.tree.tensor('heights') == 0)
+        self.register_buffer('top', torch.arange(len(self.tree)) + copies.cumsum(0) - copies, persistent=False)   # (M,) number of each node in the levelled tree
 
-    def levels(self, device:torch.device)->Tensor: return self.levelled.tensor('depths', device)[1:] - 1   # (M,)
+    def levels(self, device:torch.device)->Tensor: return self.levelled.tensor('depths', device)[1:] - 1   # (K,)
 
 # %% ../nbs/09_paths.ipynb #a0023bd5
 @patch
@@ -337,7 +337,7 @@ def losses(self:ArcFaceMultiHead,
 )->Tensor: # (B,)
     "Mean over the levels of the cross-entropy with margin"
     cos, level, H = self.cosines(emb), self.levels(emb.device), self.levelled.height
-    node, last, v = torch.arange(1, len(self.levelled), device=emb.device), self.levelled.tensor('last', emb.device), self.top[targets, None]
+    node, last, v = torch.arange(1, len(self.levelled), device=emb.device), self.levelled.tensor('last', emb.device), self.top[self.on_tree(targets), None]
     right = ((node <= v) & (v <= last[1:])) | ((v <= node) & (node <= last[v]))   # on the path, or under the label
     z, low = self.s*torch.where(right, self.margin(cos), cos), torch.finfo(cos.dtype).min
     inside, outside = (group_logsumexp(z.masked_fill(o, low), level, H) for o in (~right, right))
@@ -350,7 +350,7 @@ class HierarchicalAttention(ArcFace):
     "Leaf prototypes that are weighted sums of the vectors on their root path; the weights are learnt (ours)"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes, height H
+        taxonomy:Taxonomy, # L leaves; without chains M nodes and height H
         attention:str='learned', # or 'uniform' (path softmax) or 'leaf' (ArcFace)
         leaf_share:float=0.5, # attention that the leaf has at the start of learning; the rest is spread evenly
         rate:float=10., # how much faster the attention learns than the vectors
@@ -358,23 +358,23 @@ class HierarchicalAttention(ArcFace):
         s:float=16., # scale
         m:float=0.2, # margin, radians, in [0, π)
         tail:str='smooth', # logit past θ = π − m, see `add_margin`
-        init:str='xavier_uniform', # rule that fills `weight` (N−1, D)
+        init:str='xavier_uniform', # rule that fills `weight` (M−1, D)
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, m, tail, init, class_weights)
         if not 0 < leaf_share < 1: raise HiermetricError(f"leaf_share is a share between 0 and 1, not {leaf_share}.")
         if not 0 < rate < math.inf: raise HiermetricError(f"rate must be a number above 0, not {rate}.")
         self.attention, self.leaf_share, self.rate, self.cosine = choice('attention', attention, ATTENTIONS), float(leaf_share), float(rate), bool(cosine)
-        self.weight, self.bias = prototypes(len(taxonomy)-1, in_features, init), None if cosine else nn.Parameter(torch.zeros(taxonomy.n_leaves))
-        self.register_buffer('path', root_path(taxonomy.tensor('leaves'), taxonomy)[:, 1:] - 1, persistent=False)   # (L, H) rows of `weight`; the leaf's again below it
+        self.weight, self.bias = prototypes(len(self.tree)-1, in_features, init), None if cosine else nn.Parameter(torch.zeros(taxonomy.n_leaves))
+        self.register_buffer('path', root_path(self.tree.tensor('leaves'), self.tree)[:, 1:] - 1, persistent=False)   # (L, H) rows of `weight`; the leaf's again below it
         self.score = nn.Parameter(torch.zeros(self.path.shape)) if attention == 'learned' else None
 
 # %% ../nbs/09_paths.ipynb #76dc029a
 @patch
 def levels(self:HierarchicalAttention)->tuple[Tensor, Tensor]: # (H,) depths 1 … H, (L, 1) depth of each leaf
     "Where the entries of the (L, H) attention lie"
-    depth = self.taxonomy.tensor('depths', self.weight.device)[self.taxonomy.tensor('leaves', self.weight.device)]
-    return torch.arange(1, self.taxonomy.height+1, device=depth.device), depth[:, None]
+    depth = self.tree.tensor('depths', self.weight.device)[self.tree.tensor('leaves', self.weight.device)]
+    return torch.arange(1, self.tree.height+1, device=depth.device), depth[:, None]
 
 @patch
 def start(self:HierarchicalAttention)->Tensor: # (L, H)
@@ -433,7 +433,7 @@ class SemanticEmbedding(LeafHead):
     "Cosines to fixed class vectors that mirror the tree [@barz2019semantic]; nothing in this head is learnt"
     def __init__(self,
         in_features:int, # D; from L on, the tree's similarities are met exactly
-        taxonomy:Taxonomy, # L leaves, N nodes
+        taxonomy:Taxonomy, # L leaves, N nodes; M without chains
         s:float=16., # scale of the cosines in the softmax
         ce:float=0.1, # λ, weight of the cross-entropy; 0 trains the cosine alone
         class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
@@ -441,12 +441,13 @@ class SemanticEmbedding(LeafHead):
         super().__init__(in_features, taxonomy, class_weights)
         if not (0 < s < math.inf and 0 <= ce < math.inf): raise HiermetricError(f"The scale s must be above 0 and the weight ce at least 0; got s={s}, ce={ce}.")
         self.s, self.ce = float(s), float(ce)
-        self.register_buffer('vectors', semantic_vectors(taxonomy, in_features).float(), persistent=False)   # (N, D)
-        self.weight = nn.Parameter(self.vectors[taxonomy.tensor('leaves')], requires_grad=False)
+        self.register_buffer('vectors', semantic_vectors(self.tree, in_features).float(), persistent=False)   # (M, D)
+        self.weight = nn.Parameter(self.vectors[self.tree.tensor('leaves')], requires_grad=False)
 
     def logits(self, emb:Tensor)->Tensor: return self.s*F.linear(unit(emb), self.full(self.weight))
 
     def losses(self, emb:Tensor, targets:Tensor, column:Tensor, under:Tensor|None)->Tensor:
-        some = self.full(self.weight)[self.taxonomy.tensor('leaf_start', emb.device)[targets]]   # a class under the label
+        targets = self.on_tree(targets)
+        some = self.full(self.weight)[self.tree.tensor('leaf_start', emb.device)[targets]]   # a class under the label
         away = (self.full(self.vectors[targets])*(some - unit(emb))).sum(1).relu()
-        return away + self.ce*path_steps(self.logits(emb), targets, self.taxonomy).sum(1)
+        return away + self.ce*path_steps(self.logits(emb), targets, self.tree).sum(1)

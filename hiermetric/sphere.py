@@ -175,35 +175,37 @@ def decode_nodes(
 
 # %% ../nbs/07_sphere.ipynb #571435e9
 class NodeHead(Head):
-    "A head with one logit for every node but the root; a subclass sets `weight`, defines `logits(emb)` and may define `train_logits(emb, positive)` and `node_loss(node_logits, targets)`"
+    "A head with one logit for every node of `tree` but the root; a subclass sets `weight`, defines `logits(emb)` and may define `train_logits(emb, positive)` and `node_loss(node_logits, targets)`"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # N nodes
+        taxonomy:Taxonomy, # N nodes; M without chains
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
         criterion:str='bce', # loss of a cell, one of `CRITERIA`
         criterion_kw:dict|None=None, # its settings
-        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
-        prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: `tree_prior`, until `prepare` counts
+        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of nodes, of the tree without chains
+        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: `tree_prior`, until `prepare` counts
     ):
         super().__init__(in_features, taxonomy)
-        if len(taxonomy) < 2: raise HiermetricError("A head with node logits needs a tree with at least one node below the root.")
+        if len(self.tree) < 2: raise HiermetricError("A head with node logits needs a tree with at least one node below the root.")
         self.decode, self.criterion, self.criterion_kw = choice('decoding', decode, DECODES), criterion, criterion_kw
         self.cell_loss = create_criterion(criterion, **(criterion_kw or {}))
         self.weight_power = float(node_weights) if isinstance(node_weights, (int, float)) else None
         self.prior_given = prior is not None
-        self.register_buffer('prior', _prior(prior, taxonomy))
-        self.register_buffer('node_weights', _node_weights(node_weights, taxonomy, self.prior))
+        self.register_buffer('prior', _prior(prior, self.tree, taxonomy))
+        self.register_buffer('node_weights', _node_weights(node_weights, self.tree, self.prior, taxonomy))
 
     def train_logits(self, emb:Tensor, positive:Tensor)->Tensor: return self.logits(emb)
 
 # %% ../nbs/07_sphere.ipynb #ded09db7
-def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy)->Tensor: # (N−1,) float32
+def _without_chains(tree:Taxonomy, whole:Taxonomy|None)->str: return '' if whole in (None, tree) else ' of the tree without chains'
+
+def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy, whole:Taxonomy|None=None)->Tensor: # (N−1,) float32
     "Looked over"
     p = tree_prior(tax) if p is None else torch.as_tensor(p, dtype=torch.float32).clone()
-    if p.shape != (len(tax)-1,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {len(tax)-1} probabilities above 0, one for each node below the root; got shape {tuple(p.shape)}. `node_frequency` counts them.")
+    if p.shape != (len(tax)-1,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {len(tax)-1} probabilities above 0, one for each node below the root{_without_chains(tax, whole)}; got shape {tuple(p.shape)}. `node_frequency` counts them.")
     return p
 
-def _node_weights(w:float|str|Sequence[float]|Tensor, tax:Taxonomy, prior:Tensor|None=None)->Tensor: # (N−1,) float32, N−1 in sum
+def _node_weights(w:float|str|Sequence[float]|Tensor, tax:Taxonomy, prior:Tensor|None=None, whole:Taxonomy|None=None)->Tensor: # (N−1,) float32, N−1 in sum
     "Weights by frequency, by level or by node"
     if isinstance(w, str): return torch.as_tensor(tax.level_weights(w)[1:], dtype=torch.float32)
     if isinstance(w, (int, float)):
@@ -211,7 +213,7 @@ def _node_weights(w:float|str|Sequence[float]|Tensor, tax:Taxonomy, prior:Tensor
         w = (tree_prior(tax) if prior is None else prior)**-w
     w = torch.as_tensor(w, dtype=torch.float64)
     if w.shape == (len(tax)-1,) and w.isfinite().all() and (w >= 0).all() and w.any(): return (w*(w.numel()/w.sum())).float()
-    if w.shape != (tax.height,): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
+    if w.shape != (tax.height,): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root{_without_chains(tax, whole)} (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
     return _node_weights(tax.level_weights(w.tolist())[1:], tax)
 
 # %% ../nbs/07_sphere.ipynb #42a13fdf
@@ -221,15 +223,15 @@ def prepare(self:NodeHead,
     targets:Tensor, # (n,) their node ids
 )->None:
     "Before training: count how often each node is true, for weights that depend on it; a prior that was given stays"
-    if not self.prior_given: self.prior.copy_(node_frequency(targets, self.taxonomy))
-    if self.weight_power is not None: self.node_weights.copy_(_node_weights(self.weight_power, self.taxonomy, self.prior))
+    if not self.prior_given: self.prior.copy_(node_frequency(self.on_tree(targets), self.tree))
+    if self.weight_power is not None: self.node_weights.copy_(_node_weights(self.weight_power, self.tree, self.prior))
 
 @patch
 def node_probs(self:NodeHead,
     emb:Tensor, # (B, D)
 )->Tensor: # (B, N) root 1, no child above its parent
     "Coherent probability of every node, by the rule `decode`"
-    return decode_nodes(self(emb), self.taxonomy, self.decode)
+    return self.on_taxonomy(decode_nodes(self._fitting(self(emb)), self.tree, self.decode))
 
 @patch
 def loss(self:NodeHead,
@@ -240,15 +242,21 @@ def loss(self:NodeHead,
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
     targets = targets.long()
     with torch.autocast(emb.device.type, enabled=False):
-        return self.node_loss(self.train_logits(self.full(emb), path_targets(targets, self.taxonomy)[0]), targets)
+        return self.node_loss(self._fitting(self.train_logits(self.full(emb), path_targets(self.on_tree(targets), self.tree)[0])), targets)
+
+@patch
+def _fitting(self:NodeHead, z:Tensor)->Tensor: # (B, M−1)
+    "Looked over"
+    if z.shape[1] == (n := len(self.tree) - 1): return z
+    raise HiermetricError(f"{type(self).__name__} gives {z.shape[1]} node logits, and {n} are wanted, one for each node below the root{_without_chains(self.tree, self.taxonomy)}; make them for `self.tree`.")
 
 @patch
 def node_loss(self:NodeHead,
-    node_logits:Tensor, # (B, N−1)
+    node_logits:Tensor, # (B, M−1)
     targets:Tensor, # (B,) node ids, leaves or not
 )->Tensor: # scalar, weighted mean over nodes and batch; 0 for an empty batch
     "The criterion on every cell that the labels tell about, @eq-node-loss"
-    positive, known = path_targets(targets, self.taxonomy)
+    positive, known = path_targets(self.on_tree(targets), self.tree)
     cells = self.cell_loss(node_logits, positive)
     if known is not None: cells = cells*known
     return (cells@self.node_weights.to(cells.dtype)).sum()/max(cells.numel(), 1)
@@ -260,26 +268,26 @@ class SphereMulti(NodeHead):
     "Hyperspherical multi-label head: node logits s·cos θ + bias, with a margin in training"
     def __init__(self,
         in_features:int, # D
-        taxonomy:Taxonomy, # N nodes
+        taxonomy:Taxonomy, # N nodes; M without chains
         s:float=16., # scale; where it starts, if it is learned
         m:float=0.1, # margin, radians, in [0, π)
         margin:str='positives', # who gets it: 'positives' in training, 'both' in training (negatives −m), or 'all', also at inference
         bias:str='learned', # 'learned' or 'fixed', from the logit of the prior; or 'none'
         scale:str='fixed', # 'fixed', 'learned' (one number) or 'label' (one for each node)
-        prior:Tensor|Sequence[float]|None=None, # (N−1,) how often each node is true; None: `tree_prior`, until `prepare` counts
+        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: `tree_prior`, until `prepare` counts
         tail:str='smooth', # cosine past θ = π − m: 'smooth' or 'jump', see `add_margin`
         init:str='xavier_uniform', # rule that fills `weight`
         decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
         criterion:str='bce', # loss of a cell, one of `CRITERIA`
         criterion_kw:dict|None=None, # its settings
-        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of nodes, of the tree without chains
     ):
         super().__init__(in_features, taxonomy, decode, criterion, criterion_kw, node_weights, prior)
         if not 0 < s < math.inf: raise HiermetricError(f"The scale s must be a positive number, not {s}; 8 to 64 is usual.")
         if not 0 <= m < math.pi: raise HiermetricError(f"The margin m must be an angle in [0, π) radians, not {m}; 0 to 0.5 is usual." + (' That looks like degrees.' if m > math.pi else ''))
         self.s, self.m, self.init, self.tail = float(s), float(m), init, choice('tail', tail, TAILS)
         self.margin, self.bias, self.scale = choice('margin', margin, MARGINS), choice('bias', bias, BIASES), choice('scale', scale, SCALES)
-        n = len(taxonomy) - 1
+        n = len(self.tree) - 1
         self.weight = prototypes(n, in_features, init)
         self.offset = nn.Parameter(_bias(self.prior) if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
         self.log_s = nn.Parameter(torch.full((n,) if scale == 'label' else (), math.log(s)), requires_grad=scale != 'fixed')
@@ -301,21 +309,21 @@ def prepare(self:SphereMulti,
 @patch
 def cosines(self:SphereMulti,
     emb:Tensor, # (B, D)
-)->Tensor: # (B, N−1)
+)->Tensor: # (B, M−1)
     "Cosine of every embedding with every node's prototype"
     return F.linear(unit(emb), unit(self.full(self.weight)))
 
 @patch
 def affine(self:SphereMulti,
-    cos:Tensor, # (B, N−1)
-)->Tensor: # (B, N−1)
+    cos:Tensor, # (B, M−1)
+)->Tensor: # (B, M−1)
     "Scale and bias"
     return self.full(self.log_s).exp()*cos + self.full(self.offset)
 
 @patch
 def logits(self:SphereMulti,
     emb:Tensor, # (B, D)
-)->Tensor: # (B, N−1)
+)->Tensor: # (B, M−1)
     "At inference: no margin, but for margin 'all'"
     cos = self.cosines(emb)
     return self.affine(add_margin(cos, self.m, self.tail) if self.margin == 'all' else cos)
@@ -323,8 +331,8 @@ def logits(self:SphereMulti,
 @patch
 def train_logits(self:SphereMulti,
     emb:Tensor, # (B, D)
-    positive:Tensor, # (B, N−1) bool
-)->Tensor: # (B, N−1)
+    positive:Tensor, # (B, M−1) bool
+)->Tensor: # (B, M−1)
     "In training, @eq-sphere"
     if self.margin == 'all' or self.m == 0: return self.logits(emb)
     cos = self.cosines(emb)
@@ -342,7 +350,7 @@ def sphere_thesis(
     decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
     criterion:str='bce', # loss of a cell, one of `CRITERIA`
     criterion_kw:dict|None=None, # its settings
-    node_weights:float|str|Sequence[float]|Tensor='uniform', # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (N−1,) weights of nodes
+    node_weights:float|str|Sequence[float]|Tensor='uniform', # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of nodes, of the tree without chains
 )->SphereMulti: # margin on every label, also at inference; no bias, fixed scale
     "@eq-thesis, kept for comparison"
     return SphereMulti(in_features, taxonomy, s, m, margin='all', bias='none', scale='fixed', tail=tail, init=init, decode=decode, criterion=criterion, criterion_kw=criterion_kw, node_weights=node_weights)

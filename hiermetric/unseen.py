@@ -122,9 +122,9 @@ def model_outputs(
 
 # %% ../nbs/12_unseen.ipynb #5412b010
 def _outputs(model:Model, x:Tensor, known:np.ndarray)->tuple[Tensor, Tensor, Tensor]:
-    tax, emb = model.taxonomy, model.embed(x)
+    tax, tree, emb = model.taxonomy, model.head.tree, model.embed(x)
     z, probs = model.head(emb), model.head.node_probs(emb)
-    if z.shape[1:] == (len(tax) - 1,): z = z[:, tax.tensor('leaves', z.device) - 1]
+    if z.shape[1:] == (len(tree) - 1,): z = z[:, tree.tensor('leaves', z.device) - 1]
     elif z.shape[1:] != (tax.n_leaves,): z = leaf_distribution(probs, tax).clamp_min(torch.finfo(probs.dtype).tiny).log()
     return emb, z.masked_fill(~torch.as_tensor(known, device=z.device), -math.inf), known_probs(probs, tax, known)
 

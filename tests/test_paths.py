@@ -38,18 +38,18 @@ def batch(tax, n, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed); return torch.randn(n, D, generator=g, dtype=dtype), torch.randint(0, len(tax), (n,), generator=g)
 def slow_mean(head, f, emb, t): return sum(f(head, emb[i], int(v)) for i,v in enumerate(t))/len(t)
 
-# the definitions, one sample, one node, one leaf at a time
+# the definitions, one sample, one node, one leaf at a time, on the tree without chains; labels are its nodes
 
 def slow_step(w):
     "Σ over the steps of w(depth of the child, depth of the label) · −log p(child | parent)"
     def f(head, x, v):
-        tax, z, path = head.taxonomy, train_logits(head, x, v), head.taxonomy.ancestors(v).tolist()
+        tax, z, path = head.tree, train_logits(head, x, v), head.tree.ancestors(v).tolist()
         return sum((w(head, k, len(path)-1)*-torch.log(mass(z, tax, path[k])/mass(z, tax, path[k-1])) for k in range(1, len(path))), torch.zeros((), dtype=x.dtype))
     return f
 
 def train_logits(head, x, v):
     "Logits of one sample, the margin on each leaf under the label"
-    inner, tax = head.head, head.taxonomy
+    inner, tax = head.head, head.tree
     if inner.__class__.__name__ == 'Classifier': return inner.weight@x + inner.bias
     w = inner.leaf_vectors() if isinstance(inner, HierarchicalAttention) else inner.weight
     cos, under = [F.cosine_similarity(x, o, dim=0) for o in w], leaves_under(tax, v)
@@ -59,14 +59,14 @@ def psi(c, m):
     theta = torch.acos(c); return torch.cos(theta + m) if theta <= math.pi - m else -torch.cos(theta + m) - 2
 
 def slow_hace(head, x, v):
-    tax, z, path = head.taxonomy, train_logits(head, x, v), head.taxonomy.ancestors(v).tolist()[1:]
+    tax, z, path = head.tree, train_logits(head, x, v), head.tree.ancestors(v).tolist()[1:]
     if not path: return torch.zeros((), dtype=x.dtype)
     q = {a: head.eps/(len(path)-1) for a in path[:-1]}; q[path[-1]] = 1 - sum(q.values())
     assert abs(sum(q.values()) - 1) < 1e-12
     return -sum(w*torch.log(mass(z, tax, a)) for a,w in q.items())
 
 def slow_simple(head, x, v):
-    tax, z = head.taxonomy, train_logits(head, x, v); path = tax.ancestors(v).tolist(); up = path[min(head.level, len(path)-1)]
+    tax, z = head.tree, train_logits(head, x, v); path = tax.ancestors(v).tolist(); up = path[min(head.level, len(path)-1)]
     lam = [a*(0 if head.epoch < s else min(1, (head.epoch - s)/r) if r else 1) for a,s,r in ((head.fine, head.fine_start, head.fine_ramp), (head.coarse, head.coarse_start, head.coarse_ramp))]
     return -lam[0]*torch.log(mass(z, tax, v)) - lam[1]*torch.log(mass(z, tax, up))
 
@@ -74,18 +74,18 @@ def distance(tax, v, j): return 0. if j in leaves_under(tax, v) else tax.lca_hei
 
 def slow_soft(head, x, v):
     "The label's leaves are one class, whose probability is their sum"
-    tax, z = head.taxonomy, train_logits(head, x, v); classes = [v, *(int(tax.leaves[j]) for j in range(tax.n_leaves) if j not in leaves_under(tax, v))]
+    tax, z = head.tree, train_logits(head, x, v); classes = [v, *(int(tax.leaves[j]) for j in range(tax.n_leaves) if j not in leaves_under(tax, v))]
     y = np.array([1., *(math.exp(-head.beta*distance(tax, v, int(tax.leaf_column[c]))) for c in classes[1:])]); y /= y.sum()
     return sum(o*(math.log(o) - torch.log(mass(z, tax, c))) for o,c in zip(y.tolist(), classes))
 
 def slow_margin(head, x, v):
-    tax, z = head.taxonomy, train_logits(head, x, v)
+    tax, z = head.tree, train_logits(head, x, v)
     return torch.log(sum(torch.exp(o + head.tau*distance(tax, v, j)) for j,o in enumerate(z))) - torch.log(sum(torch.exp(z[j]) for j in leaves_under(tax, v)))
 
 def slow_adjusted(head, x, v):
     "The logits of a world where the classes are as common as `counted` made them"
     z = train_logits(head, x, v); n = [max(o, 1.) for o in counted(head.taxonomy)]
-    return -torch.log(mass([o + head.tau*math.log(k/sum(n)) for o,k in zip(z, n)], head.taxonomy, v))
+    return -torch.log(mass([o + head.tau*math.log(k/sum(n)) for o,k in zip(z, n)], head.tree, v))
 
 def tail(tax): return [v for v in range(len(tax)) for _ in range(v*v % 7)]   # labels at leaves and above; some leaves have none
 def counted(tax):
@@ -95,11 +95,11 @@ def counted(tax):
     return n
 
 def slow_path(head, x, v):
-    tax = head.taxonomy; z = torch.stack([sum(((head.weight[n-1]@x + head.bias[n-1]) for n in tax.ancestors(int(leaf)).tolist()[1:]), torch.zeros((), dtype=x.dtype)) for leaf in tax.leaves])
+    tax = head.tree; z = torch.stack([sum(((head.weight[n-1]@x + head.bias[n-1]) for n in tax.ancestors(int(leaf)).tolist()[1:]), torch.zeros((), dtype=x.dtype)) for leaf in tax.leaves])
     return -torch.log(mass(z, tax, v))
 
 def slow_conditional(head, x, v):
-    tax, total = head.taxonomy, torch.zeros((), dtype=x.dtype)
+    tax, total = head.tree, torch.zeros((), dtype=x.dtype)
     for n in tax.ancestors(v).tolist()[1:]:
         s = {int(u): head.weight[u-1]@x + head.bias[u-1] for u in tax.children(int(tax.parents[n]))}
         total = total - torch.log(torch.exp(s[n])/sum(torch.exp(o) for o in s.values()))
@@ -114,7 +114,7 @@ def level_rows(tax):
     walk(0); return [o for o in out if o[0] > 0]
 
 def slow_levels(head, x, v):
-    tax, rows = head.taxonomy, level_rows(head.taxonomy); assert len(rows) == len(head.weight)
+    tax, rows = head.tree, level_rows(head.tree); assert len(rows) == len(head.weight)
     cos, total = [F.cosine_similarity(x, w, dim=0) for w in head.weight], torch.zeros((), dtype=x.dtype)
     for k in range(1, tax.height+1):
         inside = outside = torch.zeros((), dtype=x.dtype)
@@ -126,7 +126,7 @@ def slow_levels(head, x, v):
     return total/max(tax.height, 1)
 
 def slow_attention(head, x, v):
-    tax, protos = head.taxonomy, []
+    tax, protos = head.tree, []
     for j,leaf in enumerate(tax.leaves.tolist()):
         path = tax.ancestors(leaf).tolist()[1:]; d = len(path)
         b = torch.zeros(d, dtype=x.dtype) if head.score is None else torch.tensor([*[(1 - head.leaf_share)/max(d-1, 1)]*(d-1), head.leaf_share][:d] if d > 1 else [1.]*d, dtype=x.dtype).log() + head.rate*head.score[j, :d]
@@ -138,7 +138,7 @@ def slow_attention(head, x, v):
 
 def slow_semantic(head, x, v):
     "Vectors in another basis, one axis a node: along the path, the growth of the similarity"
-    tax = head.taxonomy; H = max(tax.cost_matrix('lca_height').max(), 1)
+    tax = head.tree; H = max(tax.cost_matrix('lca_height').max(), 1)
     s = [max(1 - tax.heights[n]/H, 0.) for n in range(len(tax))]
     S = np.array([[s[tax.lca(u, int(w))] for w in tax.leaves] for u in range(len(tax))])
     cos = torch.stack([F.cosine_similarity(x, w, dim=0) for w in head.weight]); u = head.vectors[v].to(x.dtype)
@@ -152,14 +152,14 @@ SLOW = {'hxe': slow_step(lambda h, k, d: math.exp(-h.alpha*k)), 'hace': slow_hac
 @settings(max_examples=8, deadline=None)
 @given(tax=trees(16), seed=st.integers(0, 999))
 def test_loss_is_the_slow_loss(kind, tax, seed):
-    if 'simple' in kind: head = make(kind, tax, level=min(2, max(tax.height, 1)), fine_start=1., fine_ramp=4., coarse=.7); head.epoch = seed % 7
+    if 'simple' in kind: head = make(kind, tax, level=min(2, max(tax.chainless.height, 1)), fine_start=1., fine_ramp=4., coarse=.7); head.epoch = seed % 7
     else: head = make(kind, tax, dim=D if 'semantic' not in kind else 24)
     head = head.double(); emb, t = batch(tax, 3, seed)
     if 'adjusted' in kind: head.prepare(None, torch.tensor(tail(tax), dtype=torch.long))
     if 'semantic' in kind: emb = torch.randn(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     if getattr(head, 'score', None) is not None:
         with torch.no_grad(): head.score.add_(torch.randn_like(head.score)/head.rate)
-    want = torch.stack([SLOW[kind.split()[0]](head, emb[i], int(v)) for i,v in enumerate(t)])
+    want = torch.stack([SLOW[kind.split()[0]](head, emb[i], int(tax.to_chainless[v])) for i,v in enumerate(t)])
     eps = 1e-5 if 'semantic' in kind else 1e-8   # its fixed vectors are kept in float32
     assert torch.allclose(head.loss(emb, t), want.mean(), rtol=1e-6, atol=eps)
     for i in range(3): assert torch.allclose(head.loss(emb[i:i+1], t[i:i+1]), want[i], rtol=1e-6, atol=eps)   # a sample does not depend on its batch
@@ -360,7 +360,7 @@ def test_attention_special_cases():
 @settings(max_examples=40, deadline=None)
 @given(trees(), st.floats(.05, .95))
 def test_attention_is_a_distribution_over_the_path(tax, share):
-    head = HierarchicalAttention(D, tax, leaf_share=share); a = head.shares().detach(); depth = tax.depths[tax.leaves]
+    head = HierarchicalAttention(D, tax, leaf_share=share); a = head.shares().detach(); depth = head.tree.depths[head.tree.leaves]
     assert torch.allclose(a.sum(1), torch.tensor(depth > 0).float(), atol=1e-5)
     for j,d in enumerate(depth):
         if d > 1: assert a[j, d-1].item() == pytest.approx(share, abs=1e-4) and a[j, :d-1].tolist() == pytest.approx([(1-share)/(d-1)]*(d-1), abs=1e-4)

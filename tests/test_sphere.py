@@ -156,7 +156,7 @@ def test_tree_sums_maxima_and_families_have_right_gradients():
     for how in DECODES: assert torch.autograd.gradcheck(lambda o: decode_nodes(o, TAX, how), z)
 
 def test_decodings_keep_memory_linear():
-    "A chain and a star of 3,000 nodes: nothing of size N × N or N × H is built (a step over heights, not over nodes, is all that a chain costs)"
+    "A star, deep combs and chains, of 3,000 nodes each: nothing of size N × N or N × H is built (a step over heights, not over nodes, is all that depth costs)"
     from torch.utils._python_dispatch import TorchDispatchMode
     class Largest(TorchDispatchMode):
         n = 0
@@ -166,12 +166,15 @@ def test_decodings_keep_memory_linear():
                 if isinstance(o, torch.Tensor): self.n = max(self.n, o.untyped_storage().nbytes()//o.element_size())
             return out
     n = 3000
-    for tax in (Taxonomy([str(i) for i in range(n)], [-1] + [0]*(n-1)), Taxonomy([str(i) for i in range(n)], [-1] + [max(0, i-30) for i in range(1, n)])):
+    comb = [2*(k - 30) + 1 if k >= 30 else 0 for k in ((i - 1)//2 for i in range(1, n + 1))]
+    for m, up, kept in ((n, [0]*(n-1), n), (n + 1, comb, n + 1), (n, [max(0, i-30) for i in range(1, n)], 31)):
+        tax = Taxonomy([str(i) for i in range(m)], [-1, *up]); assert len(tax.chainless) == kept
         head = SphereMulti(4, tax); e = torch.randn(2, 4); t = tax.tensor('leaves')[:2]
         for o in ('parents', 'last', 'heights', 'depths', 'leaves', 'leaf_start', 'leaf_stop', 'leaf_column'): tax.tensor(o)
         with Largest() as seen:
             head.loss(e, t).backward()
-            for how in DECODES: decode_nodes(head(e), tax, how)
+            for how in DECODES: decode_nodes(head(e), head.tree, how)
+            assert head.node_probs(e).shape == (2, m)
         assert seen.n <= 4*n
 
 # heads
