@@ -210,7 +210,7 @@ class Backbone:
 
 # %% ../nbs/03_backbones.ipynb #9b565614
 def _seeded(make:Callable, *args, **kw)->nn.Module:
-    "A model whose untrained weights are always the same, without touching the global seed"
+    "A model whose untrained weights are always the same (but for the last bits, between kinds of processors), without touching the global seed"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make(*args, **kw)
@@ -313,7 +313,7 @@ _backbones = Registry('backbone',
 
 def create_backbone(
     name:str='efficientnet_lite0', # a name of `list_backbones()`, or 'timm:NAME'
-    pretrained:bool=True, # False: untrained weights, always the same ones
+    pretrained:bool=True, # False: untrained weights, always the same ones but for the last bits, which differ between kinds of processors
     size:int|None=None, # input size S in pixels; None: the size of its training
     fit:str='crop', # 'crop' | 'pad' | 'stretch', see `Transform`
     fill:str|int|tuple|None=None, # padding, see `Transform`

@@ -70,7 +70,7 @@ def of(self:Features,
 # %% ../nbs/04_features.ipynb #ac2a4f42
 @patch(as_prop=True)
 def fingerprint(self:Features)->str: # 16 hexadecimal digits
-    "Hash of vectors, labels, splits and tree"
+    "Hash of vectors, labels, splits and tree, to the last bit"
     if '_fingerprint' not in self.__dict__:
         self._fingerprint = core.fingerprint(np.ascontiguousarray(self.x).data, self.x.shape, self.targets.data, self.split.tolist(), self.taxonomy.fingerprint)
     return self._fingerprint

@@ -45,6 +45,10 @@ def test_draws_look_random():
 
 # --- an image's draw is its own
 
+def alike(a, b):
+    "Equal to rounding: matrix products of other shapes may add up in another order, and then a value in a thousand is rounded to the next grey level"
+    d = (a.int() - b.int()).abs(); return a.shape == b.shape and d.max() <= 1 and (d > 0).float().mean() < 1e-3
+
 @pytest.mark.parametrize('name', list(AUGMENTS))
 @pytest.mark.parametrize('shape', [(24, 3, 20, 20), (24, 1, 20, 20), (24, 3, 30, 17), (24, 3, 90, 100)])
 def test_neighbours_change_nothing(name, shape):
@@ -52,8 +56,8 @@ def test_neighbours_change_nothing(name, shape):
     y = aug(x, seeds)
     assert y.shape == (24, shape[1], 16, 16) and y.dtype == torch.uint8
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(aug(x[order], seeds[order]), y[order])
-    assert all(torch.equal(aug(x[i], seeds[i]), y[i]) for i in (0, 5, 23))
+    assert alike(aug(x[order], seeds[order]), y[order]) and (name == 'none' or not alike(aug(x, seeds[order]), y))
+    assert all(alike(aug(x[i], seeds[i]), y[i]) for i in (0, 5, 23))
     assert torch.equal(pickle.loads(pickle.dumps(aug))(x, seeds), y)   # as a worker gets it
 
 def test_without_seeds_the_global_generator_decides():
@@ -132,7 +136,7 @@ def test_twelve_channels():
     y = create_augment('plankton', 16)(x, seeds)
     assert y.shape == (5, 12, 16, 16)
     turned = create_augment('plankton', 16, contrast=0)(x, seeds)   # without contrast bands do not know each other
-    assert torch.equal(turned[:, 4:7], create_augment('plankton', 16, contrast=0)(x[:, 4:7], seeds))
+    assert alike(turned[:, 4:7], create_augment('plankton', 16, contrast=0)(x[:, 4:7], seeds))
     assert create_augment('natural', 16, hue=0)(x, seeds).shape == (5, 12, 16, 16)
     with pytest.raises(HiermetricError, match='12 channels have no hue'): create_augment('natural', 16)(x, seeds)
 

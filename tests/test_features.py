@@ -1,4 +1,4 @@
-"Features: engines agree, killed runs resume to the same bytes, nothing stale is used, unreadable files are named."
+"Features: engines agree, killed runs resume to the same bytes, other batches and processors give the same numbers to rounding, nothing stale is used, unreadable files are named."
 import importlib.util, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
@@ -15,6 +15,13 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def backbone(): return toy_backbone()
+
+def assert_rounding(got, want):
+    "What is promised of features computed twice: one step of float16, or near zero a hundred-thousandth of the row's largest number; another image's differ by hundreds of steps"
+    got, want = (np.asarray(o, np.float16) for o in (got, want))
+    assert got.shape == want.shape
+    a, b, step = (o.astype(np.float64) for o in (got, want, np.spacing(np.maximum(np.abs(got), np.abs(want)))))
+    assert (np.abs(a - b) <= step + 1e-5*np.abs(b).max(1, keepdims=True)).all()
 
 def cosine(a, b): return np.min((a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1))
 
@@ -176,7 +183,37 @@ def test_a_file_that_can_be_read_again_is_taken_up(tmp_path, backbone):
     p.write_bytes(b'\0'*len(good))
     assert len(extract(table, backbone, cache=tmp_path/'c', skip_bad=True, **KW)) == 11
     p.write_bytes(good)
-    assert extract(table, backbone, cache=tmp_path/'c', **KW).fingerprint == want.fingerprint
+    f = extract(table, backbone, cache=tmp_path/'c', **KW)
+    assert f.meta['key'] == want.meta['key'] and f.meta['skipped'] == [] and list(f.paths) == list(want.paths)
+    np.testing.assert_array_equal(np.delete(f.x, 5, 0), np.delete(want.x, 5, 0))   # computed in batches of the same shape
+    assert_rounding(f.x, want.x)                                                   # the sixth in a batch of its own
+    np.testing.assert_array_equal(f.targets, want.targets)
+
+@pytest.mark.parametrize('engine', ['eager', 'folded'])
+def test_the_same_batches_give_the_same_bits_and_others_the_same_numbers(engine, tmp_path, backbone):
+    table, kw = toy_table(tmp_path/'img', 16), dict(engine=engine, block=8, progress=False)
+    want, again, *others = (extract(table, backbone, cache=tmp_path/f'{i}', batch_size=n, workers=w, **kw) for i, (n, w) in enumerate([(4, 2), (4, 1), (1, 2), (3, 2), (8, 2)]))
+    assert np.asarray(again.x).tobytes() == np.asarray(want.x).tobytes() and again.fingerprint == want.fingerprint   # threads that decode change nothing
+    for f in others: assert_rounding(f.x, want.x)
+    for wrong in (np.roll(want.x, 1, 0), want.x[::-1], np.roll(want.x, 1, 1), want.x*np.float16(1.01)):
+        with pytest.raises(AssertionError): assert_rounding(wrong, want.x)   # the comparison can fail
+
+@pytest.mark.parametrize('env', [dict(ONEDNN_MAX_CPU_ISA='SSE41', ATEN_CPU_CAPABILITY='default', MKL_ENABLE_INSTRUCTIONS='SSE4_2'), dict(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2', MKL_ENABLE_INSTRUCTIONS='AVX2', OMP_NUM_THREADS='2')], ids=['SSE', 'AVX2'])
+def test_narrower_vectors_and_more_threads_give_the_same_numbers(env, tmp_path, backbone):
+    "Another processor, as far as one can be had here; the network's own weights go along, since random ones are drawn to rounding only"
+    table = toy_table(tmp_path/'img', 8); torch.save(backbone.model.state_dict(), tmp_path/'w.pt')
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from hiermetric.features import extract
+from toys import toy_backbone, toy_table
+b = toy_backbone(); b.model.load_state_dict(torch.load({str(tmp_path/'w.pt')!r}))
+print(extract(toy_table({str(tmp_path/'img')!r}, 8), b, cache={str(tmp_path/'there')!r}, engine='eager', batch_size=4, block=8, progress=False).meta['key'])
+"""
+    key = subprocess.run([sys.executable, '-c', code], env=ONE | env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    want = extract(table, backbone, cache=tmp_path/'here', **KW)
+    assert want.meta['key'] == key   # the key depends on no number that is computed
+    assert_rounding(np.load(next((tmp_path/'there').glob('*/x.npy'))), want.x)
 
 def test_a_network_trained_further_is_another_one(tmp_path):
     table, b = toy_table(tmp_path/'img', 4), toy_backbone()

@@ -34,6 +34,20 @@ def test_notebook_is_clean(nb):
 
 def test_pages_have_no_dead_links_or_broken_formulas(): assert check_docs.check() == []
 
+@pytest.mark.parametrize('cells,fault', [
+    (['# Title\n> One sentence', '#| data\n#| fig-cap: "a: b"\nf("#| x: y: z")'], None),
+    (['# Title\n> One sentence\n- order: 3', '#| export\n#| code-fold: true\nx = 1\n#| fig-cap: a: b'], None),   # an option stands above the code
+    (['# Title\n> One sentence', '#| data\n#| fig-cap: cut off: everywhere\nf()'], 'cell c1 has options that Quarto cannot read'),
+    (['# Title\n> One sentence', '#| fig-cap: "open\nf()'], 'cell c1 has options that Quarto cannot read'),
+    (['# Title\n> One sentence', '#| fig-cap: 3\nf()'], 'cell c1: its fig-cap is no text but 3'),
+    (['# Title\n\n> One sentence\n\nAn introduction.'], "cell c0, the first, holds more .*'An introduction.'"),
+    (['# Title\n- a list'], "cell c0, the first, holds more .*'- a list'"),
+    (['An introduction.', '# Title'], 'cell c0, the first, is not the title')])
+def test_options_and_first_cells_are_what_quarto_and_nbdev_read(cells, fault, tmp_path):
+    v4 = nbformat.v4; nb = v4.new_notebook(cells=[(v4.new_markdown_cell if i == 0 else v4.new_code_cell)(o, id=f'c{i}') for i, o in enumerate(cells)])
+    nbformat.write(nb, tmp_path/'a.ipynb'); found = check_docs.page(tmp_path/'a.ipynb')[2]
+    assert found == [] if fault is None else len(found) == 1 and re.match(fault, found[0])
+
 def test_ruff(): subprocess.run([sys.executable, '-m', 'ruff', 'check', ROOT], check=True)
 
 def test_every_page_is_in_the_sidebar():

@@ -159,8 +159,13 @@ def test_placement_from_the_definitions(case, name, limit):
 def test_an_answer_does_not_depend_on_its_neighbours(case, name):
     tax, known, tr, t, o, r = case; rule = create_placement(name, **settings_of(name)).fit(tr, t, tax).calibrate(tr, t, loss=.2)
     order = r.permutation(len(o)); whole = rule(o)
-    np.testing.assert_array_equal(rule(o[torch.as_tensor(order)]), whole[order])
-    np.testing.assert_array_equal(np.concatenate([rule(o[i:i+1]) for i in range(len(o))]), whole)
+    def alike(got, want):
+        "The same; but of two nodes over the same training images, which lie equally near, a matrix product of another shape may find the other one nearer"
+        i, = np.nonzero(got != want)
+        if name == 'prototypes': e = torch.nn.functional.normalize(o.emb.double()).numpy(); near = e@rule.prototypes.double().numpy().T; assert (np.abs(near[i, got[i]] - near[i, want[i]]) < 1e-6).all() and (tax.heights[got[i]] > 0).all() and (tax.heights[want[i]] > 0).all()
+        else: assert not len(i)
+    back = np.argsort(order); alike(rule(o[torch.as_tensor(order)])[back], whole)
+    alike(np.concatenate([rule(o[i:i+1]) for i in range(len(o))]), whole)
     assert rule(o[:0]).shape == (0,)
     np.testing.assert_array_equal(rule.sweep(o, [math.inf, rule.limit]), [rule.leaf(o), whole])
     again = Placement.restore(rule.state(), tax); assert again.limit == rule.limit; np.testing.assert_array_equal(again(o), whole)
