@@ -149,11 +149,11 @@ class CRM(Rule):
 
 # %% ../nbs/11_decisions.ipynb #c43bb28e
 class HiE(Rule):
-    "The leaf of largest p(leaf) · p(parent) [@jain2023testtime]"
+    "The leaf of largest p(leaf) · p(parent) [@jain2023testtime]; the parent is the nearest node above that holds another leaf too"
     def _rank(self, p:Tensor)->Tensor:
-        leaves = self.tax.tensor('leaves', p.device)
-        parents = self.tax.tensor('parents', p.device)[leaves].clamp(min=0)   # the root of a one-node tree is its own
-        return p.index_select(1, leaves)*p.index_select(1, parents)
+        ends = self.tax.tensor('heirs', p.device).unique()                # where the nodes of the tree without chains stand
+        leaves, up = self.tax.tensor('leaves', p.device), self.tax.chainless.tensor('parents', p.device).clamp(min=0)   # the root of a one-node tree is its own
+        return p.index_select(1, leaves)*p.index_select(1, ends[up[self.tax.tensor('to_chainless', p.device)[leaves]]])
 
 # %% ../nbs/11_decisions.ipynb #41eda2ca
 class TopDown(Rule):

@@ -48,7 +48,8 @@ def test_crm_keeps_a_leaf_above_one_half(case):
 @slowly
 def test_hie_and_argmax_by_hand(case):
     tax, p, r = case; P = tax.node_probs(p)
-    want = np.array([[p[b,j]*(P[b, parents_of(tax, int(v))[0]] if v else 1) for j, v in enumerate(tax.leaves)] for b in range(len(p))])
+    fork = lambda v: next((o for o in parents_of(tax, v) if len(tax.children(o)) > 1), 0)      # a parent of one child says nothing new
+    want = np.array([[p[b,j]*(P[b, fork(int(v))] if v else 1) for j, v in enumerate(tax.leaves)] for b in range(len(p))])
     np.testing.assert_allclose(create_rule('hie').fit(tax=tax).rank(P), want, atol=1e-12)
     np.testing.assert_array_equal(create_rule('argmax').fit(tax=tax)(P), [tax.leaves[list(o).index(max(o))] for o in P[:,tax.leaves]])
 
@@ -445,3 +446,22 @@ def test_rank_confidence_by_hand(case):
 def test_rank_calibration_is_the_ece_of_each_depth():
     tax, q, t, r = labelled(3., 500); table = rank_calibration(tax.node_probs(q), t, tax); conf, hit = rank_confidence(tax.node_probs(q), t, tax, 2)
     assert table.ece[2] == pytest.approx(expected_calibration_error(conf, hit)) and table.accuracy[2] == pytest.approx(hit.mean()) and (table.images == 500).all() and list(table.index) == list(range(1, tax.height + 1))
+
+# ---- chains -------------------------------------------------------------------------------------------------------------------------------------------------------
+CHAINS = Taxonomy.from_paths({'a': 'o1/f1/g1', 'b': 'o1/f2/g2', 'c': 'o1/f2/g2', 'd': 'o2/f3/g3', 'e': None, 'f': 'o3', 'g': 'o3'})
+
+def drawn(tax, n, seed):
+    r = np.random.default_rng(seed); p = r.dirichlet(np.full(tax.n_leaves, .25), n)
+    return tax.node_probs(p), tax.leaves[(p.cumsum(1) < r.random((n, 1))).sum(1).clip(max=tax.n_leaves-1)]
+
+@pytest.mark.parametrize('name', list(list_rules().index))
+def test_of_nodes_with_one_probability_the_deepest_is_the_answer(name):
+    rule = create_rule(name).fit(*drawn(CHAINS, 400, 0), CHAINS)
+    answers = np.asarray(rule(drawn(CHAINS, 400, 1)[0]))
+    assert (CHAINS.heirs[answers] == answers).all() and len(set(answers.tolist())) > 3
+
+@given(cases())
+@slowly
+def test_hie_and_argmax_do_not_see_chains(case):
+    tax, p, r = case; P, Q = tax.node_probs(p), tax.chainless.node_probs(p)
+    for name in ('hie', 'argmax'): np.testing.assert_allclose(create_rule(name).fit(tax=tax).rank(P), create_rule(name).fit(tax=tax.chainless).rank(Q), atol=1e-12)
