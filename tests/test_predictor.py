@@ -1,5 +1,5 @@
 "The predictor against loops that are slow and obvious: parts of trees, promises, folders that were tampered with, runs that were killed, tables there and back."
-import json, shutil, tracemalloc
+import json, warnings, shutil, tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
@@ -62,6 +62,50 @@ def test_ragged_ranks(ranks, rank, kept):
     keep = down_to(RAGGED, rank, ranks)
     assert {o for o, k in zip(RAGGED.names, keep) if k} == {'root', *kept.split()}
     assert Scope(RAGGED, rank, ranks=ranks).tax.n_leaves >= 3
+
+def test_a_rank_is_found_by_path(tmp_path):
+    "One name at two ranks, in trees that came from elsewhere, and a class by the label of its row"
+    (tmp_path/'homo.csv').write_text('phylum,class,order,genus\nOchrophyta,Bacillariophyceae,Licmophorales,Ctenophora\nOchrophyta,Bacillariophyceae,Licmophorales,Tabularia\nCtenophora,Tentaculata,Lobata,Mnemiopsis\nActinobacteria,Actinobacteria,Actinomycetales,\n')
+    tree = Taxonomy.from_paths([('living', 'Ochrophyta', 'Licmophorales', 'Ctenophora'), ('living', 'Ochrophyta', 'Licmophorales', 'Tabularia'), ('living', 'Ctenophora', 'Lobata', 'Mnemiopsis'), ('Actinobacteria', 'Actinobacteria', 'Actinomycetales')])
+    ranks = Ranks.read(tmp_path/'homo.csv', tree)
+    assert {tree.path(i): ranks.name(i) for i in range(1, len(tree))} == {'root/living': '', 'root/living/Ochrophyta': 'phylum', 'root/living/Ochrophyta/Licmophorales': 'order', 'root/living/Ochrophyta/Licmophorales/Ctenophora': 'genus',
+        'root/living/Ochrophyta/Licmophorales/Tabularia': 'genus', 'root/living/Ctenophora': 'phylum', 'root/living/Ctenophora/Lobata': 'order', 'root/living/Ctenophora/Lobata/Mnemiopsis': 'genus',
+        'root/Actinobacteria': 'phylum', 'root/Actinobacteria/Actinobacteria': 'class', 'root/Actinobacteria/Actinobacteria/Actinomycetales': 'order'}
+    (tmp_path/'labels.csv').write_text('class,kingdom,class,species\nA_b,Animalia,Aves,A b\n')
+    folder = Taxonomy.from_paths({'A_b': 'Animalia/Aves', 'x': 'Animalia'})
+    assert [Ranks.read(tmp_path/'labels.csv', folder).name(i) for i in range(len(folder))] == ['', 'kingdom', 'class', 'species', '']
+
+def test_ranks_of_the_tree_need_not_be_told(tmp_path):
+    (tmp_path/'t.csv').write_text('label,order,family,species\n' + ''.join(f'{k}{i}{j},{k},{k}{i},{k}{i} {j}\n' for k in 'abc' for i in range(2) for j in range(3)) + 'other,c,,\n')
+    tax = Taxonomy.from_csv(tmp_path/'t.csv'); f = toy_features(tax, per_leaf=30, dim=16)
+    made = Predictor.from_model(fit(f, epochs=2, embed_dim=8, device='cpu').model, f); made.save_pretrained(tmp_path/'m')
+    back = Predictor.from_pretrained(tmp_path/'m'); x, _ = split_tensors(f, 'test')
+    t = table(back.ask(.6, rank='family'), back, x)
+    assert set(t['rank']) <= {'', 'order', 'family'} and 'family' in set(t['rank']) and list(t)[2:6] == ['path', 'order', 'family', 'species'] and set(t.species) == {''}
+    assert (t.order == t.path.str.split('/').str[0]).all() and (t.family == t.path.str.split('/').str[1].fillna('')).all()
+    leaf = table(back.ask(.6, 'argmax', novel=0), back, x); assert set(leaf['rank']) == {'species'} and (leaf.species == leaf.answer).all()
+
+@pytest.mark.parametrize('head', ['classifier', 'sphere_multi', 'path_softmax', 'arcface_levels'])
+def test_a_model_of_a_contracted_tree_says_so_and_can_be_expanded(tmp_path, head):
+    whole = Taxonomy.from_paths({'a': 'o/f1/g1', 'b': 'o/f2/g2', 'c': 'o/f2/g2', 'd': 'p/q/r', 'e': 'p'}); f = toy_features(whole.prune(), per_leaf=30, dim=16)
+    made = Predictor.from_model(fit(f, head, epochs=2, embed_dim=8, device='cpu').model, f); made.save_pretrained(tmp_path/'m')
+    with pytest.warns(UserWarning, match='The tree of this model was contracted: 5 taxa that have a single child there'): old = Predictor.from_pretrained(tmp_path/'m')
+    new = old.expand(); x, _ = split_tensors(f, 'test')
+    assert new.taxonomy == whole and new.expand() is new
+    p, q = old.look(x)[0], new.look(x)[0]
+    assert torch.equal(p[:, old.taxonomy.leaves.tolist()], q[:, whole.leaves.tolist()]) and torch.equal(q, q[:, whole.heirs.tolist()])
+    new.save_pretrained(tmp_path/'n')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*contracted'); again = Predictor.from_pretrained(tmp_path/'n')
+    a, b = (table(o.ask(.7, novel=0), o, x) for o in (old, again))
+    assert a.answer.tolist() == b.answer.tolist() and a.probability.tolist() == b.probability.tolist() and set(b.path[b.answer == 'a']) <= {'o/f1/g1/a'}
+
+def test_a_node_without_a_rank(tmp_path):
+    (tmp_path/'t.csv').write_text('order,family,species\no,f,s\no,f,t\no,,u\n')
+    tree = Taxonomy.from_paths({'s': 'living/o/sub/f', 't': 'living/o/sub/f', 'male': 'living/o/sub/f/t', 'u': 'living/o', 'unidentified': 'living/o', 'dust': 'dead/grey'})
+    ranks = Ranks.read(tmp_path/'t.csv', tree)
+    kept = lambda rank: {o for o, k in zip(tree.names, down_to(tree, rank, ranks)) if k} - {'root', 'living', 'dead', 'grey', 'dust', 'o'}
+    assert (kept('order'), kept('family'), kept('species')) == (set(), {'sub', 'f'}, {'sub', 'f', 's', 't', 'u'})   # nobody knows what an unidentified one is
 
 def test_ranks_that_fit_nothing(tmp_path):
     (tmp_path/'other.csv').write_text('order,family\nCoraciiformes,Alcedinidae\n')

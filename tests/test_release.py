@@ -16,5 +16,6 @@ def test_names_plankton():
     predictor, table = Predictor.from_pretrained(FOLDER), load_dataset('planktonset')
     some = table.samples.query('split == "test"').iloc[::18]
     said = predictor(some.path.tolist(), rule='argmax', engine='folded')
+    assert {'Mollusca', 'Annelida', 'Polychaeta', 'Amphipoda', 'Bacteria'} <= set(predictor.taxonomy.names) and len(predictor.taxonomy) == 182   # its tree is whole
     assert predictor.taxonomy.fingerprint == table.taxonomy.fingerprint and len(said) == len(some) > 200
     assert (said.answer.to_numpy() == some['class'].to_numpy()).mean() > .7   # the page: 76 % of one view of all test images
