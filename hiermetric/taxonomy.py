@@ -8,7 +8,7 @@ import csv, functools, os, re, sys, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, repeat, zip_longest
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -510,43 +510,38 @@ def from_edges(cls:Taxonomy,
     return _from_pairs([o for o in names if o], children, above, root)
 
 # %% ../nbs/00_taxonomy.ipynb #ce6b94bf
-def _alike(a:str, b:str)->bool: return a==b or a.replace('_', ' ')==b.replace('_', ' ')   # a folder's name cannot always hold a blank
+def _alike(a:str, b:str)->bool: return a==b or ('_' in a or '_' in b) and a.replace('_', ' ')==b.replace('_', ' ')   # a folder's name cannot always hold a blank
 
 def _ended(above:list[str], name:str)->list[str]: return above if above and _alike(above[-1], name) else [*above, name]
-
-def _own_rows(
-    rows:list[tuple[str,list[str]]], # label of a class ('' for none) and the path that its row gives
-)->list[list[str]]: # the path of each class
-    "A class is the taxon that its row ends in; where several labels share a taxon, those that it is not named after are classes below it"
-    labels = {}
-    for label,path in rows: labels.setdefault(tuple(path), {}).setdefault(label)
-    return [[*path, label] if label and (not path or len(labels[tuple(path)])>1 and not _alike(label, path[-1])) else path for label,path in rows]
 
 def _from_tuples(
     paths:Iterable[Sequence[str]], # names below the root
     root:str, # name of the node above all
-    places:Iterable[Sequence[int]]|None=None, # ranks of these names, −1 for none
-    ranks:Sequence[str]=(), # names of the ranks
     labels:Iterable[str]=(), # what the class at the end of each path is called; '' for none
+    places:Iterable[Sequence[int]]=(), # ranks of the names of each path
+    ranks:Sequence[str]=(), # names of the ranks
 )->Taxonomy:
-    "The union of root paths below a root"
-    ids, names, parents, rank_of, ends = {}, [root], [-1], [-1], []
-    for path, at_rank in zip(paths, places or repeat(())):
-        at = 0
-        for name, rank in zip_longest(path, at_rank, fillvalue=-1):
+    "The union of root paths below a root; a class is the taxon that its path ends in, and where several labels share one, those that it is not named after are classes below it"
+    ids, names, parents, nodes = {}, [root], [-1], {}
+    def walk(at:int, path:Iterable[str])->int:
+        for name in path:
             key = at, name
             at = ids.get(key)
-            if at is None: at = ids[key] = len(names); names.append(name); parents.append(key[0]); rank_of.append(rank)
-            elif rank_of[at]<0: rank_of[at] = rank
-        ends.append(at)
+            if at is None: at = ids[key] = len(names); names.append(name); parents.append(key[0])
+        return at
+    ends = [walk(0, o) for o in paths]
+    rank_of = [-1]*len(names)
+    for at, line in zip(ends, places):
+        for rank in reversed(line): rank_of[at], at = rank, parents[at]
+    classes = list(dict.fromkeys((at, o) for at, o in zip(ends, labels) if o)); shared = Counter(at for at,_ in classes)
+    for at, label in classes:
+        if not at or shared[at]>1 and not _alike(label, names[at]): at = walk(at, [label])
+        nodes.setdefault(label, {}).setdefault(at)
     if len(names)==1: raise TaxonomyError("The tree is empty; give it at least one class.")
     if root in names[1:]: raise TaxonomyError(f"A node has the name {root!r} of the root above all classes; choose another with root='…'.")
     twice = [k for k,n in Counter(names).items() if n>1] if len(set(names))<len(names) else []
     if twice: warnings.warn(f"{len(twice):,} names stand under several parents and want their path to be found: {_few(twice)}.", TaxonomyWarning, stacklevel=3)
-    nodes = {}
-    for label, at in zip(labels, ends):
-        if label: nodes.setdefault(label, {}).setdefault(at)
-    return Taxonomy(names, parents, distinct=True, ranks=ranks, rank_of=rank_of, labels=nodes)
+    return Taxonomy(names, parents, distinct=True, ranks=ranks, rank_of=rank_of+[-1]*(len(names)-len(rank_of)), labels=nodes)
 
 # %% ../nbs/00_taxonomy.ipynb #e2052f87
 @patch(cls_method=True)
@@ -565,8 +560,7 @@ def from_paths(cls:Taxonomy,
         if not o or not o[-1]: raise TaxonomyError(f"Path {k} (counted from 0) ends in a blank: {rows[k]!r}; name its class or remove it.")
     clean = [[o for o in row if o] for row in clean]
     if not named: return _from_tuples(clean, root)
-    labels = [o[-1] for o in clean]
-    return _from_tuples(_own_rows([(c, _ended(o[:-1], c)) for c,o in zip(labels, clean)]), root, labels=labels)
+    return _from_tuples((_ended(o[:-1], o[-1]) for o in clean), root, [o[-1] for o in clean])
 
 # %% ../nbs/00_taxonomy.ipynb #52f4f63e
 _NULLS = {'', 'na', 'n/a', 'nan', 'null', 'none', r'\n', '-', 'unassigned', 'unranked'}
@@ -612,12 +606,12 @@ def _lineages(path:Path, head:list[str], rows:list[tuple[int,list[str]]], name:s
     l, c = (_column(path, head, o) for o in (lineage, name))
     own = next((k for o in _PEOPLE for k,h in enumerate(head) if h.lower()==o and k not in (l, c)), c)   # the name for people
     sep = sep or _lineage_sep(path, [row[l] for _,row in rows])
-    bare, cells = Counter(), []
-    for n,row in rows:
+    lines = [row[l].split(sep) for _,row in rows]
+    unnamed, bare, cells = {o for o in set(chain.from_iterable(lines)) if _unnamed(o)}, Counter(), []
+    for (n,row), above in zip(rows, lines):
         if not _clean(row[c]): raise TaxonomyError(f"{path}, line {n}: the class is blank; name it or remove the line.")
-        above = row[l].split(sep)
-        if len(above)>1: bare.update(o for o in above if _unnamed(o) and _clean(o))
-        cells.append([*(o if sep=='/' else o.strip() for o in above if not _unnamed(o)), row[c], *([] if own==c else [row[c] if _unnamed(row[own]) else row[own]])])
+        bare.update(o for o in above if o in unnamed and o.strip())
+        cells.append([*(o if sep=='/' else o.strip() for o in above if o not in unnamed), row[c], *([] if own==c else [row[c] if _unnamed(row[own]) else row[own]])])
     if bare: warnings.warn(f"{path}: {bare.total():,} ranks without a name ({', '.join(map(repr, sorted(bare)))}) were passed over.", TaxonomyWarning, stacklevel=3)
     flat = iter(_tidy(chain.from_iterable(cells)))
     clean, k = [list(islice(flat, len(o))) for o in cells], -1 if own==c else -2   # where the label stands
@@ -637,7 +631,8 @@ def _rank_columns(path:Path, head:list[str], rows:list[tuple[int,list[str]]], la
 
 def _ranked(path:Path, rows:list[tuple[int,list[str]]], label:int|None, columns:list[int])->tuple[list[str],list[list[str]],list[list[int]]]: # labels, paths, ranks
     "Labels, paths and ranks of a table with a column a rank"
-    rows = [(n, row[label] if label is not None else '', [(row[c], k) for k,c in enumerate(columns) if not _unnamed(row[c])]) for n,row in rows]
+    unnamed = {o for o in {row[c] for _,row in rows for c in columns} if _unnamed(o)}
+    rows = [(n, row[label] if label is not None else '', [(row[c], k) for k,c in enumerate(columns) if row[c] not in unnamed]) for n,row in rows]
     bare = [str(n) for n,o,p in rows if not p and not _clean(o)]
     if bare: warnings.warn(f"{path}: {len(bare):,} lines without any rank were left out (lines {', '.join(bare[:5])}{' …' if len(bare)>5 else ''}).", TaxonomyWarning, stacklevel=4)
     rows = [(o, p) for _,o,p in rows if p or _clean(o)]
@@ -659,12 +654,14 @@ def from_csv(cls:Taxonomy,
     path = Path(path); head, rows = _read_csv(path)
     if ranks is None and (lineage in head or name):
         labels, paths = _lineages(path, head, rows, name or 'class', lineage, sep)
-        return _from_tuples(_own_rows(list(zip(labels, paths))), root, labels=labels)
+        return _from_tuples(paths, root, labels)
     if ranks is None: label, columns = _rank_columns(path, head, rows, name is None)
     else: label, columns = None if name is None else _column(path, head, name), [_column(path, head, o, True) for o in ranks]
     labels, paths, places = _ranked(path, rows, label, columns)
-    ends = _own_rows(list(zip(labels, paths))) if ranks is None or name is None else [_ended(p, o) if o else p for o,p in zip(labels, paths)]
-    return _from_tuples(ends, root, places, [head[k].lower() if head[k].lower() in _RANKS else head[k] for k in columns], labels if label is not None else map(next, map(reversed, ends)))
+    if ranks is not None and name is not None:
+        places = [[*k, *[-1]*(len(_ended(p, o))-len(p))] if o else k for o,p,k in zip(labels, paths, places)]
+        paths = [_ended(p, o) if o else p for o,p in zip(labels, paths)]
+    return _from_tuples(paths, root, labels if label is not None else [p[-1] for p in paths], places, [head[k].lower() if head[k].lower() in _RANKS else head[k] for k in columns])
 
 # %% ../nbs/00_taxonomy.ipynb #0b3893d6
 @patch(cls_method=True)
