@@ -232,9 +232,9 @@ def _check_classes(table:ImageTable)->None:
         except HiermetricError: return False
     bad = [c for c in sorted(table.samples['class'].unique()) if c not in known and not there(c)]
     if not bad: table.targets; return   # which raises for a name of several nodes
-    first = table.samples['path'][table.samples['class'].isin(bad[:1])].iloc[0]
-    more = f" (and {len(bad)-1} more: {', '.join(map(repr, bad[1:5]))}{', …' if len(bad) > 5 else ''})" if len(bad) > 1 else ''
-    raise HiermetricError(f"Class {bad[0]!r}{more} is not in the taxonomy; it is the class of {first}. Add it to the taxonomy or rename its folder.{did_you_mean(bad[0], known)}")
+    paths = table.samples['path'][table.samples['class'].isin(bad)]; first = paths[table.samples['class'] == bad[0]].iloc[0]
+    more = f" (and {len(bad)-1} more: {', '.join(map(repr, bad[1:20]))}{', …' if len(bad) > 20 else ''})" if len(bad) > 1 else ''
+    raise HiermetricError(f"Class {bad[0]!r}{more} is not in the taxonomy; it is the class of {first} ({len(paths):,} image{'s' if len(paths) > 1 else ''} in all). Add it to the taxonomy or rename its folder.{did_you_mean(bad[0], known)}")
 
 # %% ../nbs/02_datasets.ipynb #f566f8c6
 def _carve(table:ImageTable, val:float, test:float)->ImageTable:

@@ -176,7 +176,7 @@ def test_newick_with_several_trees(tmp_path):
 def test_messages(tmp_path):
     d = touch(tmp_path/'set', 'bee/1.jpg', 'wsap/1.jpg', 'zebra/1.jpg')
     assert message(load_dataset, tmp_path/'sett').endswith("sett' is neither a data set (synthetic-taxa, tiny-imagenet, planktonset, cifar-100) nor a folder. Did you mean 'set'?")
-    assert message(load_dataset, d, TREE) == f"Class 'wsap' (and 1 more: 'zebra') is not in the taxonomy; it is the class of {d}/wsap/1.jpg. Add it to the taxonomy or rename its folder."
+    assert message(load_dataset, d, TREE) == f"Class 'wsap' (and 1 more: 'zebra') is not in the taxonomy; it is the class of {d}/wsap/1.jpg (2 images in all). Add it to the taxonomy or rename its folder."
     assert message(load_dataset, d, Taxonomy.from_paths({'bee': 'I', 'wasp': 'I', 'zebra': 'M'})).endswith("Add it to the taxonomy or rename its folder. Did you mean 'wasp'?")
     (tmp_path/'empty').mkdir()
     assert message(load_dataset, tmp_path/'empty').startswith(f'There is no image in {tmp_path}/empty: it should hold one folder a class, with .bmp, ')
