@@ -679,16 +679,26 @@ def from_folder(cls:Taxonomy,
     return cls.from_paths(paths, root=root)
 
 # %% ../nbs/00_taxonomy.ipynb #89d8e5cf
-_NEWICK = re.compile(r"""\s+|\[[^\]]*\]|'(?:[^']|'')*'|"[^"]*"|[(),:;]|[^\s()\[\]'",:;][^\s()\[\],:;]*""")
+_NEWICK = re.compile(r"""\s+|'(?:[^']|'')*'|"[^"]*"|[(),:;]|[^\s()\[\]'",:;][^\s()\[\],:;]*""")
+_SUPPORT = r'[-+]?\d+(\.\d*)?([eE][-+]?\d+)?%?(/[-+]?\d+(\.\d*)?([eE][-+]?\d+)?%?)*'   # 95, 0.95, 95.2/100
+
+def _comment_end(text:str, start:int)->int: # −1 where it does not end
+    "The place behind a comment, and behind all comments inside it"
+    depth = 0
+    for m in re.compile(r'[][]').finditer(text, start):
+        depth += 1 if m[0]=='[' else -1
+        if not depth: return m.end()
+    return -1
 
 def _newick_tokens(text:str)->Iterator[tuple[int,str]]:
     "Brackets, commas, colons and labels, with their places"
     at = 0
     while at<len(text):
-        m = _NEWICK.match(text, at)
-        if not m: raise TaxonomyError(f"Newick, character {at}: {text[at:at+20]!r} opens a quote or a comment that does not end.")
-        if not m[0].isspace() and m[0][0]!='[': yield at, m[0]
-        at = m.end()
+        m = None if text[at]=='[' else _NEWICK.match(text, at)
+        end = m.end() if m else _comment_end(text, at) if text[at]=='[' else -1
+        if end<0: raise TaxonomyError(f"Newick, character {at}: {text[at:at+20]!r} opens a quote or a comment that does not end.")
+        if m and not m[0].isspace(): yield at, m[0]
+        at = end
 
 def _newick_trees(text:str)->list[list[tuple[int,str]]]:
     "The tokens of every tree, each with its ';', which the only one may lack"
@@ -702,16 +712,19 @@ def _newick_trees(text:str)->list[list[tuple[int,str]]]:
 def _unquote(label:str)->str: return label[1:-1].replace("''", "'") if label[0]=="'" else label.strip('"')
 
 # %% ../nbs/00_taxonomy.ipynb #7e29f485
-def _parse_newick(tokens:list[tuple[int,str]], text:str)->tuple[list[str],list[int]]: # labels ('' where there is none), parents
+def _parse_newick(tokens:list[tuple[int,str]], text:str)->tuple[list[str],list[int],set[int]]: # labels ('' where there is none), parents, nodes with a label in quotes
     "The nodes of one Newick tree, depth-first"
-    names, parents, at, after_colon = [''], [-1], 0, False
+    names, parents, quoted, at, after_colon = [''], [-1], set(), 0, False
     def wrong(k:int, why:str)->TaxonomyError: return TaxonomyError(f"Newick, character {k}: {why} near {text[max(0, k-10):k+10]!r}.")
     def child(p:int)->int: names.append(''); parents.append(p); return len(names)-1
     previous = ''
     for k,t in tokens:
-        if after_colon:
-            try: float(t); after_colon = False; continue
+        if after_colon and t not in ',);':   # a length may also be missing
+            try: float(re.sub(r'\{\d+\}$', '', t)); after_colon, previous = False, 'a length'; continue   # {7} is the number of an edge
             except ValueError: raise wrong(k, 'a branch length is not a number') from None
+        after_colon = False
+        if re.fullmatch(r'\{\d+\}', t) and previous not in ('', '(', ','): continue
+        if previous=='a length' and t not in ',);': raise wrong(k, 'something follows a branch length')
         if t=='(':
             if previous not in ('', '(', ','): raise wrong(k, 'a bracket opens after a label')
             at = child(at)
@@ -719,27 +732,31 @@ def _parse_newick(tokens:list[tuple[int,str]], text:str)->tuple[list[str],list[i
         elif t==',': at = child(parents[at])
         elif t==')': at = parents[at]
         elif t==':': after_colon = True
-        elif t!=';': names[at] = f'{names[at]} {_unquote(t)}'.strip()
+        elif t!=';':
+            if t[0] in '"\'': quoted.add(at)
+            else: t = re.sub(r'\{\d+\}$', '', t)
+            names[at] = f'{names[at]} {_unquote(t)}'.strip()
         previous = t
     if at: raise wrong(tokens[-1][0], 'a bracket is not closed')
-    return names, parents
+    return names, parents, quoted
 
 # %% ../nbs/00_taxonomy.ipynb #c63a01db
 @patch(cls_method=True)
 def from_newick(cls:Taxonomy,
     source:str|Path, # the text of a tree, or a file with it
-    support:bool=False, # numbers that label inner nodes are support values, not names
+    support:bool=True, # numbers that label inner nodes are support values, not names (in quotes they are names)
     root:str='root', # name of a root without a label
     tree:int|None=None, # which one, counted from 1, where there are several; None: the first, with a note
 )->Taxonomy:
     "Tree of a Newick string or file"
     if isinstance(source, Path) or not re.search('[(;]', source) or len(source)<256 and Path(source).is_file():
         if not Path(source).is_file(): raise TaxonomyError(f"There is no file {source}, and it is no Newick text either (which has brackets and a ';').")
-        source = Path(source).read_text(encoding='utf-8-sig')
+        try: source = Path(source).read_text(encoding='utf-8-sig')
+        except UnicodeDecodeError as e: raise TaxonomyError(f"{source} is not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8.") from e
     source = source.strip('\ufeff \n'); trees = _newick_trees(source)
     if not 1<=(tree or 1)<=len(trees): raise TaxonomyError(f"There is no tree {tree}; the source holds {len(trees)}, counted from 1.")
     if tree is None and len(trees)>1: warnings.warn(f"The source holds {len(trees)} trees, and this is the first; tree=2 (--tree 2) takes the second.", TaxonomyWarning, stacklevel=2)
-    names, parents = _parse_newick(trees[(tree or 1)-1], source)
+    names, parents, quoted = _parse_newick(trees[(tree or 1)-1], source)
     if names==['']: raise TaxonomyError("The Newick tree is empty; give it at least one leaf.")
     inner, first, last = set(parents), list(range(len(names))), list(range(len(names)))
     for i in range(len(names)-1, 0, -1):
@@ -747,7 +764,7 @@ def from_newick(cls:Taxonomy,
         first[parents[i]] = first[i]
     names = _tidy(names)
     for i in range(len(names)-1, -1, -1):
-        if support and i in inner and re.fullmatch(r'[\d.eE+-]+', names[i]): names[i] = ''
+        if support and i in inner and i not in quoted and re.fullmatch(_SUPPORT, names[i]): names[i] = ''
         if not names[i] and i not in inner: raise TaxonomyError(f"A leaf of the Newick tree has no label (below {names[parents[i]] or 'an unnamed node'!r}, after {names[i-1]!r}); name it.")
         names[i] = names[i] or (f'{names[first[i]]}…{names[last[i]]}' if i else root)
     return cls(names, parents)

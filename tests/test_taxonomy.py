@@ -358,6 +358,21 @@ def test_newick_labels():
     assert Taxonomy.from_newick('alone;').leaf_names==('alone',) and Taxonomy.from_newick('(a,b);', root='life').names[0]=='life'
     assert Taxonomy.from_newick('((a,b)0.98,(c,d)1e-2)x;', support=True).names==['x', 'a…b', 'a', 'b', 'c…d', 'c', 'd']
 
+@pytest.mark.parametrize('text, names', [
+    ('(((A,B)95:0.1,C)88:0.1,(D,E)77:0.2);', 'root A…C A…B A B C D…E D E'), ('[&R] ((A,B)100:0.1,(C,D)100:0.2)100;', 'root A…B A B C…D C D'), ('((A,B)95.2/100,(C,D)E)1e-3%;', 'root A…B A B E C D'),
+    ('((A, B)x [comment [nested] more],C)y;', 'y x A B C'), ('((A:1e-5,B:),C:0);', 'root A…B A B C'), ('((A,B){0}:0.1{1},C:2{2})y{3};', 'y A…B A B C'), ("(('a','b')'a/b group',c)r;", 'r a/b group a b c')])
+def test_newick_as_programs_write_it(text, names):
+    assert ' '.join(Taxonomy.from_newick(text).names)==names
+
+@pytest.mark.parametrize('text, message', [('(a:1 b:2,c:1)r;', 'Newick, character 5: something follows a branch length'), ('(a:1,b:2\n00)r;', 'Newick, character 9: something follows a branch length'), ('(a:1(b,c))r;', 'Newick, character 4: something follows a branch length'), ('(a[x[y],b);', 'character 2: \'[x[y],b);\' opens a quote or a comment that does not end')])
+def test_newick_that_would_be_misread(text, message):
+    with pytest.raises(TaxonomyError, match=re.escape(message)): Taxonomy.from_newick(text)
+
+@pytest.mark.parametrize('encoding', ['latin-1', 'utf-16'])
+def test_newick_that_is_not_utf8(tmp_path, encoding):
+    (tmp_path/'t.nwk').write_bytes('((Caféa,B)x,C)y;'.encode(encoding))
+    with pytest.raises(TaxonomyError, match=r't\.nwk is not UTF-8 \(.* at byte \d\); save it as UTF-8\.'): Taxonomy.from_newick(tmp_path/'t.nwk')
+
 @given(slow_trees())
 def test_newick_round_trip(slow):
     def text(n): return (f"({','.join(map(text, slow.kids[n]))})" if slow.kids[n] else '')+n
