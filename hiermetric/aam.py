@@ -22,9 +22,9 @@ def unit(
     x:Tensor, # (…, D)
     eps:float=1e-6, # shorter vectors have no direction
 )->Tensor: # (…, D) length 1, or 0 where there is no direction
-    "Rows scaled to length 1; a row without direction stays 0 and gets gradient 0"
+    "Rows scaled to length 1; a row without direction stays 0 and gets gradient 0, one with NaN stays NaN"
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm > eps, x/norm.clamp_min(eps), 0.)
+    return torch.where(norm <= eps, 0., x/norm.clamp_min(eps))
 
 # %% ../nbs/06_aam.ipynb #9c3c3a66
 def sine(

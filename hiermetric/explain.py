@@ -16,7 +16,7 @@ from .core import HiermetricError, Registry
 from .taxonomy import Taxonomy, _hues
 from .backbones import Backbone, Transform, create_backbone, read_image
 from .features import Features
-from .heads import Head, LeafHead, Model
+from .heads import Head, LeafHead, Model, check_embeddings
 from .aam import unit
 from .metrics import check_targets
 from .training import Run, image_size, stages
@@ -36,11 +36,18 @@ def toward_vector(
 )->Callable[[Tensor],Tensor]: # (B, D) embeddings → (B,)
     "Cosine with a vector, @eq-toward-vector"
     v = unit(torch.as_tensor(vector).detach().float())
-    if v.ndim != 1 or not v.any(): raise HiermetricError(f"One vector with a direction is wanted, not one of shape {tuple(v.shape)}{'' if v.any() else ' and length 0'}.")
+    if v.ndim != 1 or not v.any() or not v.isfinite().all(): raise HiermetricError(f"One vector with a direction is wanted, not one of shape {tuple(v.shape)}{' with NaN or infinity' if not v.isfinite().all() else '' if v.any() else ' and length 0'}.")
     def score(emb:Tensor)->Tensor:
         if emb.shape[1] != len(v): raise HiermetricError(f"The vector has {len(v)} numbers and the embeddings have {emb.shape[1]}; take one of the same model.")
         return unit(emb)@v.to(emb)
     return score
+
+# %% ../nbs/17_explain.ipynb #c4a17050
+def _directions(x:Tensor|np.ndarray, dtype:torch.dtype=torch.float32)->Tensor: # (n, D)
+    "Rows of length 1; NaN and infinity are no places in a picture"
+    x = torch.as_tensor(x).detach()
+    check_embeddings(x, x.shape[-1])
+    return unit(x.to(dtype))
 
 # %% ../nbs/17_explain.ipynb #a17e7c8b
 def toward_node(
@@ -349,7 +356,7 @@ def umap_layout(
     except ImportError as e: raise HiermetricError("UMAP is not installed; `pip install umap-learn` brings it.") from e
     from sklearn.decomposition import PCA
     import warnings
-    x = unit(torch.as_tensor(emb).float()).numpy()
+    x = _directions(emb).numpy()
     if len(x) <= neighbours: raise HiermetricError(f"{len(x)} embeddings are too few for {neighbours} neighbours; give more, or lower neighbours.")
     if dims < min(x.shape): x = PCA(dims, random_state=seed).fit_transform(x)
     with warnings.catch_warnings():
@@ -491,7 +498,7 @@ def pair_distances(
     order, n = np.argsort(clade, kind='stable'), len(clade)
     size = np.bincount(clade); start = np.cumsum(size) - size
     if len(size) < 2 or size.max() < 2: raise HiermetricError(f"There are no pairs to compare: {n} images in {len(size)} clades at the rank {rank}; two clades, one of them with two images, are the least.")
-    rng, x = np.random.default_rng(seed), unit(torch.as_tensor(emb).float())
+    rng, x = np.random.default_rng(seed), _directions(emb)
     def distance(a, b): return (1 - (x[order[a]]*x[order[b]]).sum(1)).numpy()
     place = np.arange(n); c = clade[order]
     a = rng.choice(place[size[c] > 1], pairs)   # places in `order`, where a clade lies in one piece
@@ -539,7 +546,7 @@ def prototype_linkage(
     "A dendrogram over the classes, by 1 − cosine"
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
-    x = unit(torch.as_tensor(prototypes).detach().double())
+    x = _directions(prototypes, torch.float64)
     d = (1 - x@x.T).clamp_min(0).numpy(); np.fill_diagonal(d, 0)
     return linkage(squareform((d + d.T)/2), method)
 
@@ -556,13 +563,13 @@ def cophenetic_correlation(
     from scipy.spatial.distance import squareform
     if len(prototypes) != tax.n_leaves or tax.n_leaves < 3: raise HiermetricError(f"{len(prototypes)} prototypes do not fit a tree of {tax.n_leaves} leaves; one a leaf is wanted, in the order of tax.leaves, and at least three.")
     made = squareform(cophenet(prototype_linkage(prototypes, method)))
-    x = unit(torch.as_tensor(prototypes).detach().double()); near = (1 - x@x.T).numpy()
+    x = _directions(prototypes, torch.float64); near = (1 - x@x.T).numpy()
     true = tax.lca_height(tax.leaves[:, None], tax.leaves[None]).astype(float)
     i, j = np.triu_indices(tax.n_leaves, 1); rng = np.random.default_rng(seed)
     def r(a, b): return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
     chance = [r(made[np.ix_(o, o)][i, j], true[i, j]) for o in (rng.permutation(tax.n_leaves) for _ in range(shuffles))]
     out = dict(tree=r(made[i, j], true[i, j]), distances=r(near[i, j], true[i, j]), linkage=r(made[i, j], near[i, j]))
-    return out | {'p': (1 + sum(c >= out['tree'] for c in chance))/(shuffles + 1)}
+    return out | {'p': math.nan if math.isnan(out['tree']) else (1 + sum(c >= out['tree'] for c in chance))/(shuffles + 1)}
 
 # %% ../nbs/17_explain.ipynb #e818a114
 def _turned(links:np.ndarray, place:np.ndarray)->tuple[np.ndarray,np.ndarray]: # (L,) leaves from the top; (2L−1,) where every joint stands

@@ -87,13 +87,14 @@ def _ranks_of(tax:Taxonomy, table:Taxonomy)->np.ndarray: # (N,) place in `table.
 def down_to(
     tax:Taxonomy, # tree over the N nodes
     rank:str|int|None, # level (1 is right below the root), name of a rank, or None for everything
-    ranks:Ranks|None=None, # which node has which
+    ranks:Ranks|None=None, # which node has which; None: what the tree knows
 )->np.ndarray: # (N,) bool, closed upwards
     "The nodes at a rank and above it"
     if rank is None: return np.ones(len(tax), bool)
     if str(rank).strip().lstrip('-').isdecimal():
         if not 1 <= int(rank) <= tax.height: raise HiermetricError(f"There is no level {rank}; this tree has the levels 1 (right below the root) to {tax.height}.")
         return tax.depths <= int(rank)
+    ranks = ranks or Ranks.of_tree(tax)
     if ranks is None: raise HiermetricError(f"This model does not know which taxa are of the rank {rank!r}. Give a level from 1 to {tax.height}, or tell it the ranks with ranks=… (--ranks): a CSV with one column a rank.")
     most = ranks.names.index(choice('rank', rank, ranks.names))
     at, ranked, keep = (ranks.of >= 0) & (ranks.of <= most), ranks.of >= 0, np.ones(len(tax), bool)

@@ -203,6 +203,17 @@ def search(self:Index,
     return Neighbours(rows, d.masked_fill(rows < 0, math.inf))
 
 # %% ../nbs/13_retrieval.ipynb #90e83b3c
+def _row_numbers(rows:Iterable[int]|Sequence[bool], n:int)->np.ndarray: # (m,) int64
+    "Rows by number or by mask; −1, which `search` says where there are no more, is none"
+    rows = np.asarray(rows if hasattr(rows, '__len__') else list(rows))
+    if not rows.size: return rows.astype(np.int64)
+    if rows.dtype == bool:
+        if rows.shape != (n,): raise HiermetricError(f"A mask of rows has one value for each of the {n:,} rows, not the shape {rows.shape}.")
+        return np.flatnonzero(rows)
+    if rows.dtype.kind not in 'iu' or rows.ndim != 1: raise HiermetricError(f"Rows are whole numbers, or a mask of true and false, not {rows.dtype} of shape {rows.shape}.")
+    if (bad := rows[(rows < 0) | (rows >= n)]).size: raise HiermetricError(f"There is no row {bad[0]}; the index has the rows 0 … {n-1}.")
+    return rows.astype(np.int64)
+
 @patch
 def add(self:Index,
     emb:Tensor|np.ndarray, # (m, D)
@@ -220,19 +231,20 @@ def add(self:Index,
 
 @patch
 def remove(self:Index,
-    rows:Iterable[int]|None=None, # places, as `search` gives them
+    rows:Iterable[int]|Sequence[bool]|None=None, # places, as `search` gives them, or a mask over all places
     ids:Iterable[str]|None=None, # names of images
     nodes:Iterable[int|str]|None=None, # nodes of the tree, by id or name: all images at or below them
 )->int: # images taken out
     "Fewer images"
     gone, n = np.zeros(len(self.alive), bool), len(self)
-    if rows is not None: gone[np.asarray(list(rows), dtype=np.int64)] = True
+    if rows is not None: gone[_row_numbers(rows, len(gone))] = True
     if ids is not None:
         ids = list(ids); gone |= np.isin(self.ids, ids)
         if (bad := set(ids) - set(self.ids[self.alive].tolist())): raise HiermetricError(f"There is no image {sorted(bad)[0]!r} in the index.")
     if nodes is not None:
-        for i in nodes:
-            i = self.taxonomy.index(i) if isinstance(i, str) else int(i); gone |= (self.targets >= i) & (self.targets <= self.taxonomy.last[i])
+        nodes = [self.taxonomy.index(i) if isinstance(i, str) else i for i in nodes]
+        for i in check_targets(nodes, self.taxonomy, what='node') if nodes else ():
+            gone |= (self.targets >= i) & (self.targets <= self.taxonomy.last[i])
     self.alive = self.alive & ~gone
     return n - len(self)
 

@@ -252,3 +252,12 @@ def test_features_find_their_backbone():
     with pytest.raises(HiermetricError, match='other weights'): Explainer(model, features(meta | dict(size=32)))
     with pytest.raises(HiermetricError, match='not known'): Explainer(model, features({}))
     assert np.array_equal(Explainer(model, features(meta))(noise(), 'cat'), Explainer(model, b)(noise(), 'cat'))
+
+def test_nan_is_no_place_in_a_picture():
+    from hiermetric.explain import cophenetic_correlation, pair_distances, prototype_linkage, toward_vector, umap_layout
+    tax = Taxonomy.from_paths({'a': 'x', 'b': 'x', 'c': 'y', 'd': 'y'}); bad = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)); bad[3, 1] = torch.nan
+    for draw in (lambda: umap_layout(bad), lambda: pair_distances(bad, tax.leaves.repeat(10), tax), lambda: prototype_linkage(bad[:4]), lambda: cophenetic_correlation(bad[:4], tax)):
+        with pytest.raises(HiermetricError, match='Row 3 of the embeddings holds NaN or infinity'): draw()
+    with pytest.raises(HiermetricError, match='with NaN or infinity'): toward_vector(bad[3])
+    flat = Taxonomy.from_paths({o: None for o in 'abcd'})
+    out = cophenetic_correlation(bad[4:8], flat); assert np.isnan(out['tree']) and np.isnan(out['p'])      # nothing to correlate with is not significant

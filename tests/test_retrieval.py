@@ -136,6 +136,17 @@ def test_kinds_find_what_is_there(kind, metric, tmp_path):
     with pytest.raises(HiermetricError, match='empty'): o.search(q)
     assert len(o.add(x[:5], t[:5])) == 5 and o.search(q, 10).rows.shape == (50, 5)
 
+def test_what_is_removed_is_what_was_named():
+    x, t, tax, _ = data(); n = len(t)
+    mask = np.zeros(n, bool); mask[[3, 7]] = True
+    for rows in (mask, mask.tolist(), torch.from_numpy(mask), [3, 7], torch.tensor([3, 7])):
+        i = Index(x, t, tax); assert i.remove(rows=rows) == 2 and not i.alive[[3, 7]].any() and len(i) == n - 2
+    i = Index(x, t, tax); assert i.remove(rows=[]) == i.remove(nodes=[]) == 0
+    for kw, says in ((dict(rows=[-1]), 'There is no row -1; the index has the rows 0'), (dict(rows=[0, n]), f'There is no row {n};'), (dict(rows=[1.7]), 'Rows are whole numbers'), (dict(rows=[True, False]), f'one value for each of the {n} rows'),
+                     (dict(nodes=[-1]), "is -1, outside the tree's node ids"), (dict(nodes=[1.7]), 'integers'), (dict(nodes=[len(tax)]), "outside the tree's node ids")):
+        with pytest.raises(HiermetricError, match=says): i.remove(**kw)
+    assert len(i) == n
+
 def test_automatic_kind(): assert [retrieval._kind(n) for n in (1, 100_000, 100_001, 2_000_000, 2_000_001)] == ['exact', 'exact', 'hnsw', 'hnsw', 'ivfpq']
 
 def test_nothing_is_pickled_and_a_killed_save_leaves_the_old_index(tmp_path, monkeypatch):
