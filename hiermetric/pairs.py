@@ -202,7 +202,9 @@ class ProxyNCA(PairLoss):
 # %% ../nbs/13_pairs.ipynb #428cf862
 def _offsets(x:Tensor, p:Tensor, distance:str)->Tensor: # (B, L), the smaller the nearer
     "Cosine or squared Euclidean distances: both are smooth where x meets p"
-    return 1 - x@p.T if distance == 'cosine' else (x.square().sum(1, keepdim=True) - 2*x@p.T + p.square().sum(1)).clamp_min(0)
+    if distance == 'cosine': return 1 - x@p.T
+    centre = p.detach().mean(0); x, p = x - centre, p - centre                        # squares of what is far from 0 are rounded
+    return (x.square().sum(1, keepdim=True) - 2*x@p.T + p.square().sum(1)).clamp_min(0)
 
 # %% ../nbs/13_pairs.ipynb #fd797de3
 class LibraryMiner:

@@ -69,12 +69,18 @@ def _top(s:Tensor, k:int)->tuple[Tensor, Tensor]: # (b, n) → (b, k) values, la
     best, i = s.gather(1, at).topk(k, 1)
     return best, at.gather(1, i)
 
+def _centre(x:Tensor|np.ndarray)->Tensor: # (D,) float32
+    "A place amid the rows: distances do not depend on where they are measured from, but the rounding of squares does"
+    return torch.as_tensor(x[:2**16]).double().mean(0).float()
+
 def _nearest(q:Tensor, gallery:Tensor|np.ndarray, k:int, metric:str, own:Tensor|None=None, alive:Tensor|None=None)->Neighbours:
     "`neighbours` for rows that are `_ready`; `alive` (n,) bool leaves rows out"
     n, K = len(gallery), min(k, len(gallery))
     best, rows = torch.full((len(q), K), -math.inf), torch.full((len(q), K), -1)
+    if metric == 'euclidean': centre = _centre(gallery); q = q - centre
     for part in _rows(n, 1, 2**16):
-        g = torch.as_tensor(gallery[part]); half = g.square().sum(1)/2 if metric == 'euclidean' else None
+        g = torch.as_tensor(gallery[part]); half = None
+        if metric == 'euclidean': g = g - centre; half = g.square().sum(1)/2
         for few in _rows(len(q), len(g)):
             s = q[few]@g.T
             if half is not None: s -= half
@@ -383,7 +389,7 @@ def node_probs(self:Index,
     nodes, means = self.means('leaf')
     q = _ready(queries, self.metric, 'queries', self.dim); out = torch.zeros(len(q), self.taxonomy.n_leaves)
     for o in _rows(len(q), len(nodes)):
-        d = 1 - q[o]@means.T if self.metric == 'cosine' else torch.cdist(q[o], means)
+        d = 1 - q[o]@means.T if self.metric == 'cosine' else torch.cdist(q[o] - _centre(means), means - _centre(means))
         out[o, self.taxonomy.leaf_column[nodes]] = (-scale*d/d.mean(1, keepdim=True).clamp_min(1e-12)).softmax(1)
     return self.taxonomy.node_probs(out)
 
@@ -472,8 +478,9 @@ def kmeans(
     "k-means over all rows, by faiss; twice the same from the same seed"
     x = _ready(emb, metric, 'embeddings')
     if not 1 <= k <= len(x): raise HiermetricError(f"{len(x)} images fall into 1 to {len(x)} clusters, not {k}.")
+    centre = _centre(x) if metric == 'euclidean' else 0.; x = x - centre
     it = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed % 2**31, spherical=metric == 'cosine', min_points_per_centroid=1, max_points_per_centroid=len(x)); it.train(x.numpy())
-    return _nearest(x, it.centroids, 1, metric).rows[:, 0], torch.from_numpy(it.centroids)
+    return _nearest(x, it.centroids, 1, metric).rows[:, 0], torch.from_numpy(it.centroids) + centre
 
 def nmi(
     a:np.ndarray, # (n,) labels of one kind

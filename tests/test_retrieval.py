@@ -136,6 +136,19 @@ def test_kinds_find_what_is_there(kind, metric, tmp_path):
     with pytest.raises(HiermetricError, match='empty'): o.search(q)
     assert len(o.add(x[:5], t[:5])) == 5 and o.search(q, 10).rows.shape == (50, 5)
 
+@pytest.mark.parametrize('offset', [0, 1e3, 5e3, 1e6])
+def test_exact_neighbours_far_from_the_origin(offset):
+    "The same float32 numbers, in scikit-learn's float64"
+    from sklearn.neighbors import NearestNeighbors
+    r = np.random.default_rng(0); x = (r.normal(size=(3000, 24))*(1 + offset/1e3) + offset).astype(np.float32); q = (x[::30] + r.normal(size=(100, 24))*.3*(1 + offset/1e3)).astype(np.float32)
+    d, want = NearestNeighbors(n_neighbors=5, algorithm='brute').fit(x.astype(float)).kneighbors(q.astype(float))
+    near = neighbours(q, x, 5, 'euclidean')
+    assert (near.rows.numpy() == want).all() and np.allclose(near.distances, d, rtol=1e-3)
+    tax = Taxonomy.from_paths({f'c{i}': None for i in range(6)}); t = np.repeat(tax.leaves, 500)
+    assert (Index(x, t, tax, 'euclidean').search(q, 5).rows.numpy() == want).all()
+    centres = retrieval.kmeans(x, 4, seed=1)[1].double(); near_centre = torch.cdist(torch.from_numpy(x).double(), centres)
+    assert (retrieval.kmeans(x, 4, seed=1)[0] == near_centre.argmin(1)).float().mean() > .999
+
 def test_what_is_removed_is_what_was_named():
     x, t, tax, _ = data(); n = len(t)
     mask = np.zeros(n, bool); mask[[3, 7]] = True
