@@ -272,9 +272,9 @@ def _cut(table:ImageTable, keep_empty:bool, contract:bool)->ImageTable:
     "Reduce the tree to what the images belong to, and contract its chains where that is asked for"
     tax, nodes, notes = table.taxonomy, np.unique(table.targets), ()
     named = {k: i for k,v in tax.labels.items() for i in v} or dict(zip(tax.leaf_names, tax.leaves))
-    bare = {k: i for k,i in named.items() if i not in set(nodes.tolist())}
-    stay = np.isin(np.arange(len(tax)), [a for i in nodes for a in tax.ancestors(i)]); stay[0] = True
-    new = tax if keep_empty or stay.all() else tax._kept(stay, tax.contracted)
+    shown = set(nodes.tolist()); bare = {k: i for k,i in named.items() if i not in shown}
+    stay = np.searchsorted(nodes, tax.last, 'right') > np.searchsorted(nodes, np.arange(len(tax)))   # an image at the node or below it
+    new = tax if keep_empty or stay.all() else tax.spanning(nodes)
     if not keep_empty: notes += _note(sorted(k for k,i in bare.items() if not stay[i]), 'class without images was cut from the tree', 'classes without images were cut from the tree')
     notes += _note(sorted(k for k,i in bare.items() if keep_empty or stay[i]), 'class has no images of its own', 'classes have no images of their own')
     if tax.labels: notes += _note(sorted(set(table.samples['class']) - {*tax.labels, *map(tax.path, nodes)}), 'class has no row in the table and was found by the name of its node', 'classes have no row in the table and were found by the names of their nodes')

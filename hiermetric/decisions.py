@@ -151,9 +151,9 @@ class CRM(Rule):
 class HiE(Rule):
     "The leaf of largest p(leaf) · p(parent) [@jain2023testtime]; the parent is the nearest node above that holds another leaf too"
     def _rank(self, p:Tensor)->Tensor:
-        ends = self.tax.tensor('heirs', p.device).unique()                # where the nodes of the tree without chains stand
-        leaves, up = self.tax.tensor('leaves', p.device), self.tax.chainless.tensor('parents', p.device).clamp(min=0)   # the root of a one-node tree is its own
-        return p.index_select(1, leaves)*p.index_select(1, ends[up[self.tax.tensor('to_chainless', p.device)[leaves]]])
+        leaves, ends, short = (self.tax.tensor(o, p.device) for o in ('leaves', 'chain_ends', 'to_chainless'))
+        up = self.tax.chainless.tensor('parents', p.device).clamp(min=0)   # the root of a one-node tree is its own
+        return p.index_select(1, leaves)*p.index_select(1, ends[up[short[leaves]]])
 
 # %% ../nbs/11_decisions.ipynb #41eda2ca
 class TopDown(Rule):

@@ -78,7 +78,7 @@ def give_labels(self:MultiTask,
     "Remember which labels each node has"
     if self.paths and sets is not None: raise HiermetricError("An image's labels are the nodes of its path (paths=True) or a row of `sets`; give one of the two.")
     rows = None if sets is None else label_rows(sets, self.taxonomy)
-    self.register_buffer('node_labels', None if rows is None else rows[self.taxonomy.tensor('heirs').unique()], persistent=False)   # (M, C)
+    self.register_buffer('node_labels', None if rows is None else rows[self.taxonomy.tensor('chain_ends')], persistent=False)   # (M, C)
     self.sets = None if rows is None else rows.int().tolist()   # a setting, so that a saved model knows its labels before its weights
     self.n_labels = len(self.tree) - 1 if rows is None else rows.shape[1]
 

@@ -97,11 +97,11 @@ def down_to(
     ranks = ranks or Ranks.of_tree(tax)
     if ranks is None: raise HiermetricError(f"This model does not know which taxa are of the rank {rank!r}. Give a level from 1 to {tax.height}, or tell it the ranks with ranks=… (--ranks): a CSV with one column a rank.")
     most = ranks.names.index(choice('rank', rank, ranks.names))
-    at, ranked, keep = (ranks.of >= 0) & (ranks.of <= most), ranks.of >= 0, np.ones(len(tax), bool)
+    named = ranks.of >= 0; at, ranked, keep = named & (ranks.of <= most), named.copy(), np.ones(len(tax), bool)
     count = np.append(0, at.cumsum()); holds = count[tax.last + 1] > count[:-1]   # a rank that is wanted, here or below
     for depth in range(1, tax.height + 1):
         i = np.flatnonzero(tax.depths == depth); above = tax.parents[i]
-        keep[i] = keep[above] & (at[i] | ~(ranks.of >= 0)[i] & (holds[i] | ~ranked[above]))
+        keep[i] = keep[above] & (at[i] | ~named[i] & (holds[i] | ~ranked[above]))
         ranked[i] |= ranked[above]
     return keep
 
@@ -152,7 +152,7 @@ class Scope:
         while not keep[up].all(): up = up[up]
         self.at = new[up]   # (N,) where each node of the whole tree is to be found in the small one
         self.inside = under == tax.leaf_stop - tax.leaf_start   # (N,) whether all that a node stands for is listed
-        alone = (tax.heights[self.nodes] == 0) & (tax.heirs[above] != above)   # a leaf that has no sister in the whole tree
+        alone = (above > 0) & (tax.heights[self.nodes] == 0) & (tax.heirs[above] != above)   # a leaf that has no sister in the whole tree
         self.genus = np.where(alone, self.tax.parents, np.arange(len(self.tax)))   # (M,) where a new sister of it belongs
 
     def step_up(self,
@@ -229,7 +229,8 @@ class Question:
         "The named ranks of every answer, from the top down"
         if self.ranks is None: return {}
         tax, names = self.scope.tax, {}
-        for a in set(answers.tolist()): names[a] = {self.ranks.name(i): tax.names[k] for k in tax.ancestors(a) for i in self.scope.nodes[k:k+1]}
+        for a in set(answers.tolist()):
+            path = tax.ancestors(a); names[a] = dict(zip(map(self.ranks.name, self.scope.nodes[path]), tax.names[path]))
         return {r: [names[a].get(r, '') for a in answers.tolist()] for r in self.ranks.names}
 
     def path(self, node:int)->str:

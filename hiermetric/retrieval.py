@@ -71,7 +71,7 @@ def _top(s:Tensor, k:int)->tuple[Tensor, Tensor]: # (b, n) → (b, k) values, la
 
 def _centre(x:Tensor|np.ndarray)->Tensor: # (D,) float32
     "A place amid the rows: distances do not depend on where they are measured from, but the rounding of squares does"
-    return torch.as_tensor(x[:2**16]).double().mean(0).float()
+    return torch.as_tensor(x[:2**10]).double().mean(0).float()   # a few rows will do, and a search for one query stays quick
 
 def _nearest(q:Tensor, gallery:Tensor|np.ndarray, k:int, metric:str, own:Tensor|None=None, alive:Tensor|None=None)->Neighbours:
     "`neighbours` for rows that are `_ready`; `alive` (n,) bool leaves rows out"
@@ -387,9 +387,9 @@ def node_probs(self:Index,
         near, tax = self.search(queries, 1 if rule == 'nearest' else k), self.taxonomy
         return torch.cat([vote_probs(near[o], self.targets, tax, rule) for o in _rows(len(near), len(tax))])
     nodes, means = self.means('leaf')
-    q = _ready(queries, self.metric, 'queries', self.dim); out = torch.zeros(len(q), self.taxonomy.n_leaves)
+    q = _ready(queries, self.metric, 'queries', self.dim); out, centre = torch.zeros(len(q), self.taxonomy.n_leaves), _centre(means)
     for o in _rows(len(q), len(nodes)):
-        d = 1 - q[o]@means.T if self.metric == 'cosine' else torch.cdist(q[o] - _centre(means), means - _centre(means))
+        d = 1 - q[o]@means.T if self.metric == 'cosine' else torch.cdist(q[o] - centre, means - centre)
         out[o, self.taxonomy.leaf_column[nodes]] = (-scale*d/d.mean(1, keepdim=True).clamp_min(1e-12)).softmax(1)
     return self.taxonomy.node_probs(out)
 

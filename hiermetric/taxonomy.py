@@ -184,21 +184,25 @@ class _Derived:
     @functools.cached_property
     def heirs(self)->np.ndarray: # (N,) node ids
         "The end of the chain that each node stands in: itself, unless it is an inner node below the root with a single child"
+        return _frozen(self.chain_ends[self.to_chainless])
+
+    @functools.cached_property
+    def chain_ends(self)->np.ndarray: # (M,) node ids, ascending
+        "The nodes of `chainless`, here"
         single = np.bincount(self.parents[1:], minlength=len(self))==1; single[0] = False
-        stays = np.flatnonzero(~single)
-        return _frozen(stays[np.searchsorted(stays, np.arange(len(self)))].astype(np.int32))
+        return _frozen(np.flatnonzero(~single).astype(np.int32))
 
     @functools.cached_property
     def chainless(self)->Taxonomy: # M nodes, the same L leaves
         "The tree of the chains' ends: what a model can tell apart; the tree itself where there is no chain"
-        keep = self.heirs==np.arange(len(self))
-        return self if keep.all() else self._kept(keep, {})
+        if len(self.chain_ends)==len(self): return self
+        keep = np.zeros(len(self), bool); keep[self.chain_ends] = True
+        return self._kept(keep, {})
 
     @functools.cached_property
     def to_chainless(self)->np.ndarray: # (N,) ids in `chainless`
         "Where each node's heir stands in `chainless`: `chainless_probs[..., tax.to_chainless]` are probabilities on the whole tree"
-        keep = self.heirs==np.arange(len(self))
-        return _frozen((np.cumsum(keep)-1)[self.heirs].astype(np.int32))
+        return _frozen(np.searchsorted(self.chain_ends, np.arange(len(self))).astype(np.int32))
 
     @functools.cached_property
     def _hashes(self)->tuple[np.ndarray,np.ndarray]: # (N,) sorted hashes of the names, (N,) the nodes in that order
@@ -359,10 +363,10 @@ def label_index(self:Taxonomy,
 )->np.ndarray: # (B,) int64 node ids
     "Nodes of classes by their rows of the table: a label is looked up among names only where no row has it"
     labels = list(map(_clean, labels))
-    found = {o: rows[0] if len(rows := self.labels.get(o, ()))==1 else -1 for o in dict.fromkeys(labels)}
-    for o in [o for o,i in found.items() if i<0]:
-        if rows := self.labels.get(o): raise TaxonomyError(f"{o!r} is the label of {len(rows)} classes, {_few([self.path(i) for i in rows])}; give the path.")
-    left = [o for o,i in found.items() if i<0]
+    rows = {o: self.labels.get(o, ()) for o in dict.fromkeys(labels)}
+    for o,r in rows.items():
+        if len(r)>1: raise TaxonomyError(f"{o!r} is the label of {len(r)} classes, {_few([self.path(i) for i in r])}; give the path.")
+    found, left = {o: r[0] for o,r in rows.items() if r}, [o for o,r in rows.items() if not r]
     found.update(zip(left, self.index(left).tolist()))
     return np.fromiter(map(found.__getitem__, labels), np.int64, len(labels))
 
@@ -992,7 +996,14 @@ def subset(self:Taxonomy,
     leaves = self._nodes(list(leaf_names))[0]
     if not len(leaves): raise TaxonomyError("A subset without leaves would be empty; name at least one.")
     for i in leaves[self.heights[leaves]>0][:1].tolist(): raise TaxonomyError(f"{self.names[i]!r} is not a leaf; name leaves, such as {_few(self.names[self.leaves[self.leaf_start[i]:self.leaf_stop[i]][:3]])}.")
-    keep = np.zeros(len(self), np.int32); keep[leaves] = 1
+    return self.spanning(leaves)
+
+@patch
+def spanning(self:Taxonomy,
+    nodes:Iterable[str|int], # leaves or not, by name, path or id
+)->Taxonomy:
+    "The tree of some nodes and of all that is above them"
+    keep = np.zeros(len(self), np.int32); keep[self._nodes(nodes if isinstance(nodes, np.ndarray) else list(nodes))[0]] = 1; keep[0] = 1
     return self._kept(_over_subtree(np.maximum, keep, self.parents)>0, self.contracted)
 
 # %% ../nbs/00_taxonomy.ipynb #c4a17031

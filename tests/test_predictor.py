@@ -107,6 +107,10 @@ def test_a_node_without_a_rank(tmp_path):
     kept = lambda rank: {o for o, k in zip(tree.names, down_to(tree, rank, ranks)) if k} - {'root', 'living', 'dead', 'grey', 'dust', 'o'}
     assert (kept('order'), kept('family'), kept('species')) == (set(), {'sub', 'f'}, {'sub', 'f', 's', 't', 'u'})   # nobody knows what an unidentified one is
 
+def test_a_tree_of_one_node_has_no_genus_to_step_up_to():
+    one = Taxonomy(['life'], [-1]); assert Scope(one).step_up(np.array([0]), np.array([True])).tolist() == [0]
+    chain = Taxonomy(['life', 'genus', 'species'], [-1, 0, 1]); assert Scope(chain).step_up(np.array([2, 1, 0]), np.ones(3, bool)).tolist() == [1, 1, 0]
+
 def test_ranks_that_fit_nothing(tmp_path):
     (tmp_path/'other.csv').write_text('order,family\nCoraciiformes,Alcedinidae\n')
     with pytest.raises(HiermetricError, match='No name in .*other.csv is in the tree'): Ranks.read(tmp_path/'other.csv', RAGGED)
