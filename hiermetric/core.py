@@ -4,17 +4,20 @@
 
 # %% ../nbs/00_core.ipynb #cec5167d
 from __future__ import annotations
-import difflib, hashlib, http.client, inspect, os, shutil, tarfile, tempfile, urllib.error, urllib.request, zipfile
+import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, os, platform, re, secrets, shutil, tarfile, tempfile, time, urllib.error, urllib.request, zipfile, zlib
 from contextlib import contextmanager
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['HiermetricError', 'did_you_mean', 'choice', 'cache_dir', 'data_dir', 'atomic_path', 'fingerprint', 'download',
-           'unpack', 'Registry']
+__all__ = ['HiermetricError', 'did_you_mean', 'choice', 'cache_dir', 'data_dir', 'fingerprint', 'settle', 'sweep', 'atomic_path',
+           'FolderKind', 'claim_folder', 'alone', 'download', 'unpack', 'Registry']
 
 # %% ../nbs/00_core.ipynb #ec890681
 class HiermetricError(Exception):
@@ -54,23 +57,10 @@ def data_dir()->Path: # `$HIERMETRIC_DATA`, else `cache_dir()/'data'`
     base = os.environ.get('HIERMETRIC_DATA')
     return Path(base).expanduser() if base else cache_dir()/'data'
 
-# %% ../nbs/00_core.ipynb #efdac5f7
-@contextmanager
-def atomic_path(
-    path:str|Path, # where the file (or folder) shall be in the end
-)->Iterator[Path]: # where to write it
-    "Write beside, then move into place: readers see the old file or the new one, never a part"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    def drop(): shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
-    drop()
-    try:
-        yield tmp
-        if tmp.is_dir() and path.is_dir(): shutil.rmtree(path)
-        os.replace(tmp, path)
-    finally: drop()
-
 # %% ../nbs/00_core.ipynb #135103c4
+def _digest(path:Path, algo:str)->str:
+    with path.open('rb') as f: return hashlib.file_digest(f, algo).hexdigest()
+
 def fingerprint(
     *parts:Any, # bytes, paths of files (their contents count), or anything with a stable `repr`
 )->str: # 16 hexadecimal digits
@@ -84,9 +74,199 @@ def fingerprint(
         h.update(len(o).to_bytes(8, 'little')); h.update(o)
     return h.hexdigest()[:16]
 
+# %% ../nbs/00_core.ipynb #efdac5f7
+_me, _host, _count = secrets.token_hex(4), platform.node()[:24], itertools.count()   # a process that is started again in a container may have the number of the one before
+_LEFT = re.compile(r'\.(?P<name>.+)\.(?P<pid>\d+)(?:-(?P<who>[0-9a-f]+)-\d+@(?P<host>.*))?\.(?P<what>part|old|new)', re.DOTALL)
+
+def _beside(path:Path, what:str)->Path: return path.with_name(f'.{path.name}.{os.getpid()}-{_me}-{next(_count)}@{_host}.{what}')
+
+def _alive(left:re.Match)->bool:
+    "Whether the process that left this behind may still be at work; nobody knows that of another machine's"
+    import psutil
+    if left['host'] not in (None, _host): return True
+    if int(left['pid']) == os.getpid(): return left['who'] == _me
+    return psutil.pid_exists(int(left['pid']))
+
+def _leftovers(folder:Path, name:str|None=None)->list[tuple[Path, re.Match]]:
+    "What writers of `folder/name` (None: of anything in the folder) have there beside it"
+    try: found = [(folder/o, m) for o in os.listdir(folder) if o[0] == '.' and (m := _LEFT.fullmatch(o))]
+    except (FileNotFoundError, NotADirectoryError): return []
+    return [(p, m) for p, m in found if name in (None, m['name'])]
+
+def _drop(path:Path)->None:
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)   # somebody else may be at it, too
+    else: path.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #c76c89d2
+def settle(
+    path:str|Path, # of a file or folder
+)->Path: # the place itself, where `path` is a link to it
+    "Finish, or undo, what a process that was killed has left half done at a place; what others are at work on stays"
+    path = Path(os.path.realpath(Path(path).expanduser()))
+    for p, m in [*_leftovers(path.parent, path.name), *_leftovers(path, path.name)]:
+        if _alive(m): continue
+        try:
+            if m['what'] == 'old' and not path.exists(): os.rename(p, path)
+            elif m['what'] == 'new': _pour(p, path)
+            else: _drop(p)
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS): raise   # somebody else was quicker, or we may only read
+    return path
+
+def sweep(
+    folder:str|Path, # whose entries are all ours
+)->None:
+    "`settle` for everything that was left half done in a folder"
+    for p, m in _leftovers(Path(folder)): settle(p.with_name(m['name']))
+
+@contextmanager
+def atomic_path(
+    path:str|Path, # where the file (or folder) shall be in the end
+    ours:Callable[[str],bool]=lambda name: True, # of a folder that is replaced: whether an entry may go
+)->Iterator[Path]: # where to write it
+    "Write beside, then move into place: readers see the old file or the new one, never a part"
+    path = settle(path); path.parent.mkdir(parents=True, exist_ok=True)
+    stays = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    tmp = _beside(path/path.name if stays else path, 'part')
+    try:
+        yield tmp
+        if path.exists() and tmp.is_dir() != path.is_dir(): raise HiermetricError(f"{path} is a {'folder' if path.is_dir() else 'file'}, and a {'folder' if tmp.is_dir() else 'file'} would be written there; choose another name, or move it away.")
+        _place(tmp, path, ours) if tmp.is_dir() else os.replace(tmp, path)
+    finally: _drop(tmp)
+
+# %% ../nbs/00_core.ipynb #32ff2f70
+def _place(tmp:Path, path:Path, ours:Callable[[str],bool])->None:
+    "Put a folder that is whole where it belongs"
+    while True:
+        try:
+            if not path.exists(): return os.rename(tmp, path)
+            if tmp.parent == path or not all(ours(o) or _LEFT.fullmatch(o) for o in os.listdir(path)): return _move_in(tmp, path, ours)
+            os.rename(path, old := _beside(path, 'old'))
+        except FileNotFoundError: tmp.lstat(); continue   # another writer has just put the old one aside
+        except OSError as e:
+            if e.errno in (errno.ENOTEMPTY, errno.EEXIST): continue   # or put a new one there
+            if e.errno not in (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM) or not path.exists(): raise
+            return _move_in(tmp, path, ours)   # a place that cannot step aside
+        try: os.rename(tmp, path)
+        except OSError as e:
+            if not path.exists(): os.rename(old, path)
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
+        else: return _drop(old)
+        _drop(old)
+
+def _move_in(tmp:Path, path:Path, ours:Callable[[str],bool])->None:
+    "Put the content of a folder into another, on whatever device that lies, and take out what it replaces"
+    part, new = _beside(path/path.name, 'part'), _beside(path/path.name, 'new')
+    try:
+        shutil.move(tmp, part)
+        gone = [o for o in os.listdir(path) if ours(o) and not _LEFT.fullmatch(o) and not (part/o).exists()]
+        with (part/'.gone').open('w', encoding='utf-8') as f: json.dump(gone, f)
+        for o in part.rglob('*'):
+            if o.is_file(): _sync(o)
+        os.rename(part, new)   # from here on it will be finished, whatever happens
+    finally: _drop(part)
+    _pour(new, path)
+
+def _pour(new:Path, path:Path)->None:
+    for o in sorted(new.iterdir()):
+        if o.name == '.gone': continue
+        if (path/o.name).is_dir(): _drop(path/o.name)
+        os.replace(o, path/o.name)
+    for name in json.loads((new/'.gone').read_text(encoding='utf-8')): _drop(path/name)
+    _drop(new)
+
+def _sync(path:Path)->None:
+    with path.open('rb') as f: os.fsync(f.fileno())
+
+# %% ../nbs/00_core.ipynb #03d9f659
+_SUMS = 'SHA256SUMS'
+
+@dataclass(frozen=True)
+class FolderKind:
+    "Folders of one make: known again, replaced only by their like, compared with their checksums when they are opened"
+    what:str # for messages: 'an index'
+    marks:tuple[str,...] # files that every one of them holds
+    names:tuple[str,...] # all that may have been written into one, as patterns: '*.npy'
+    free:tuple[str,...]=('README.md',) # what people may edit; it has no checksum
+
+    def ours(self, name:str)->bool: return name in (_SUMS, *self.free) or any(fnmatch(name, o) for o in self.names)
+
+    @contextmanager
+    def write(self,
+        folder:str|Path, # made, or replaced if it is of the kind
+    )->Iterator[Path]: # an empty folder to write into
+        "A new folder in the place of an old one, as a whole or not at all; raises `HiermetricError` for a place that holds anything else"
+        folder = settle(_not_here(folder))
+        if folder.is_dir() and os.listdir(folder) and not all((folder/o).exists() for o in self.marks):
+            raise HiermetricError(f"{folder} exists and is not {self.what} (it has no {next(o for o in self.marks if not (folder/o).exists())}); nothing in it was touched. Choose another folder, or move it away.")
+        with atomic_path(folder, self.ours) as tmp:
+            tmp.mkdir(); yield tmp
+            self.seal(tmp)
+
+    def seal(self, folder:Path)->None:
+        "Write the checksums"
+        files = sorted(o.relative_to(folder).as_posix() for o in folder.rglob('*') if o.is_file() and o.name not in (_SUMS, *self.free))
+        (folder/_SUMS).write_text(''.join(f'{_digest(folder/o, "sha256")}  {o}\n' for o in files), encoding='utf-8')
+
+    def open(self,
+        folder:str|Path, # what `write` made
+        check:bool=True, # compare it with its checksums
+    )->Path: # where it is
+        "A folder of the kind, whole and as it was written; raises `HiermetricError` that names the file that is not"
+        path, give_up = settle(folder), time.monotonic() + 10
+        while (_leftovers(path.parent, path.name) and not path.exists() or any(m['what'] == 'new' for _, m in _leftovers(path, path.name))) and time.monotonic() < give_up: time.sleep(.01)   # it is being replaced at this moment
+        if gone := [o for o in self.marks if not (path/o).exists()]: raise HiermetricError(f"There is no {self.what.split(' ', 1)[1]} in {folder}: it has no {gone[0]}.")
+        if check and (path/_SUMS).exists(): self._compare(path)
+        return path
+
+    def _compare(self, path:Path)->None:
+        remedy = "Copy the whole folder again, or save it again."
+        try: lines = [re.fullmatch(r'([0-9a-f]{64})  (.+)', o) for o in (path/_SUMS).read_text(encoding='utf-8').splitlines()]
+        except UnicodeDecodeError: lines = [None]
+        if not all(lines): raise HiermetricError(f"{path/_SUMS} is damaged. {remedy}")
+        want = {m[2]: m[1] for m in lines}
+        for name in [*want, *(o for o in os.listdir(path) if o not in want and o not in (_SUMS, *self.free) and self.ours(o))]:
+            if not (path/name).is_file(): raise HiermetricError(f"{path} has lost its {name}. {remedy}")
+            if name not in want or _digest(path/name, 'sha256') != want[name]: raise HiermetricError(f"{path/name} is not what was saved in this folder ({_SUMS} tells): it is damaged, was changed, or comes from elsewhere. {remedy}")
+
+def _not_here(folder:str|Path)->Path:
+    "A folder that may be replaced: not the one we are in"
+    path = Path(os.path.realpath(Path(folder).expanduser()))
+    if Path.cwd().is_relative_to(path): raise HiermetricError(f"{str(folder)!r} is the folder you are in, or one above it, and is not replaced; name one inside it, {str(Path(folder)/'out')!r} for example.")
+    return path
+
+# %% ../nbs/00_core.ipynb #2836746f
+def claim_folder(
+    folder:str|Path, # to be written into; made when missing
+    mark:str, # a file that tells that the folder is ours
+    names:Iterable[str], # what will be written there
+)->Path: # where it is
+    "A folder in which we may write these files; raises `HiermetricError` where one of them is somebody else's"
+    path = Path(os.path.realpath(Path(folder).expanduser()))
+    if path.exists() and not path.is_dir(): raise HiermetricError(f"{folder} is a file, and a folder is needed there; choose another name, or move it away.")
+    if not (path/mark).exists() and (taken := [o for o in names if (path/o).exists()]):
+        raise HiermetricError(f"{folder} holds a {taken[0]} that hiermetric did not write (there is no {mark} beside it), and it would be written over; choose another folder, or move it away.")
+    path.mkdir(parents=True, exist_ok=True); sweep(path)
+    return path
+
+@contextmanager
+def alone(
+    path:str|Path, # a file or folder that is worked at
+)->Iterator[None]:
+    "One process at a time; raises `HiermetricError` where another is at it"
+    from filelock import FileLock, Timeout
+    path = Path(os.path.realpath(Path(path).expanduser())); path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path/'.lock' if path.is_dir() else path.with_name(f'.{path.name}.lock'), timeout=0): yield
+    except Timeout: raise HiermetricError(f"Another process is at work on {path}; wait until it has finished, or choose another place.") from None
+
 # %% ../nbs/00_core.ipynb #b3eff537
-def _digest(path:Path, algo:str)->str:
-    with path.open('rb') as f: return hashlib.file_digest(f, algo).hexdigest()
+@contextmanager
+def _in_turn(path:Path)->Iterator[None]:
+    "Who makes the same thing at the same time waits here"
+    from filelock import FileLock
+    locks = cache_dir()/'locks'; locks.mkdir(exist_ok=True)
+    with FileLock(locks/f'{fingerprint(os.path.realpath(path))}.lock'): yield
 
 def download(
     url:str, # official address
@@ -94,53 +274,81 @@ def download(
     checksum:str|None=None, # 'sha256:…' or 'md5:…' as published; None where nobody publishes one
     progress:bool=True, # show a bar on the terminal
     timeout:float=30., # seconds without an answer
+    tries:int=5, # of a server that is busy or silent, with pauses of 1, 2, 4 … seconds between them
 )->Path: # `path`
     "Fetch a file once, resuming a broken transfer; raises `HiermetricError` that says where to put it by hand"
     path = Path(path)
     if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    advice = f"Fetch it yourself and put it at {path}."
-    try: _persist(url, part, progress, timeout)
-    except (OSError, http.client.HTTPException) as e: raise HiermetricError(f"Could not download {url} ({e}). {advice}") from e
-    if checksum:
-        algo, want = checksum.split(':')
-        if (got := _digest(part, algo)) != want:
-            part.unlink()
-            raise HiermetricError(f"{url} arrived with {algo} {got} instead of {want}; it was thrown away. Try again. {advice}")
-    os.replace(part, path)
+    part, advice = path.with_name(path.name + '.part'), f"Fetch it yourself and put it at {path}."
+    with _in_turn(path):
+        if path.exists(): return path   # somebody else has just fetched it
+        try: _persist(url, part, checksum is not None, progress, timeout, tries)
+        except (OSError, http.client.HTTPException) as e: raise HiermetricError(f"Could not download {url} ({e}). {advice}") from e
+        _note_of(part).unlink(missing_ok=True)
+        if checksum:
+            algo, want = checksum.split(':')
+            if (got := _digest(part, algo)) != want:
+                part.unlink()
+                raise HiermetricError(f"{url} arrived with {algo} {got} instead of {want}; it was thrown away. Try again. {advice}")
+        os.replace(part, path)
     return path
 
 # %% ../nbs/00_core.ipynb #50092911
-def _transfer(url:str, part:Path, progress:bool, timeout:float)->None:
-    "Append what is missing of `url` to `part`"
-    have = part.stat().st_size if part.exists() else 0
-    ask = urllib.request.Request(url, headers={'User-Agent': 'hiermetric', **({'Range': f'bytes={have}-'} if have else {})})
-    try: r = urllib.request.urlopen(ask, timeout=timeout)
+def _note_of(part:Path)->Path: return part.with_name(part.name + '.json')
+
+def _version(part:Path, url:str)->str|None:
+    "What the server called the version that `part` is the beginning of"
+    try: note = json.loads(_note_of(part).read_text(encoding='utf-8')); return note['version'] if note['url'] == url else None
+    except (OSError, ValueError, KeyError, TypeError): return None
+
+def _transfer(url:str, part:Path, sure:bool, progress:bool, timeout:float)->None:
+    "Append what is missing of `url` to `part`; `sure`: a checksum will tell whether it fits"
+    have, version = part.stat().st_size if part.exists() else 0, _version(part, url)
+    if not (version or sure): have = 0   # nobody can tell what this is the beginning of
+    more = {'Range': f'bytes={have}-'} | ({'If-Range': version} if version else {}) if have else {}
+    try: r = urllib.request.urlopen(urllib.request.Request(url, headers={'User-Agent': 'hiermetric'} | more), timeout=timeout)
     except urllib.error.HTTPError as e:
-        if e.code == 416 and have: return   # nothing is missing
+        if e.code == 416 and have:
+            if sure or (e.headers.get('Content-Range') or '').endswith(f'/{have}'): return   # nothing is missing
+            part.unlink(); raise OSError('the server has less of the file than is here already; run again to start over') from e
         raise
     with r:
-        if have and r.status != 206: have = 0   # the server sends the whole file again
-        left = r.headers.get('Content-Length')
-        total = have + int(left) if left else None
+        total, have = _span(r, have, sure)
+        if total is None and not sure and not r.chunked: raise OSError('the server does not say how long the file is, so that nobody could tell whether it is whole')
+        if r.headers.get('Content-Encoding', 'identity') != 'identity': raise OSError(f"the server sends it packed as {r.headers['Content-Encoding']}, which was not asked for")
+        tag = r.headers.get('ETag') or r.headers.get('Last-Modified') or ''
+        _note_of(part).write_text(json.dumps({'url': url, 'version': '' if tag.startswith('W/') else tag}), encoding='utf-8')
         from rich.progress import Progress, BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
         with Progress('{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), disable=not progress, transient=True) as bar:
             task = bar.add_task(part.name.removesuffix('.part'), total=total, completed=have)
             with part.open('ab' if have else 'wb') as f:
                 try:
-                    while chunk := r.read(1<<20): f.write(chunk); bar.advance(task, len(chunk))
+                    while chunk := r.read(1<<16): f.write(chunk); bar.advance(task, len(chunk))
                 except http.client.IncompleteRead as e: f.write(e.partial); raise
-        if total is not None and part.stat().st_size < total: raise OSError(f'the connection ended after {part.stat().st_size} of {total} bytes; run again to resume')
+        if total is not None and part.stat().st_size != total: raise OSError(f'the connection ended after {part.stat().st_size} of {total} bytes; run again to resume')
 
-def _persist(url:str, part:Path, progress:bool, timeout:float)->None:
-    "`_transfer`, again after a cut, as long as `part` grows"
-    size = lambda: part.stat().st_size if part.exists() else 0
+def _span(r:http.client.HTTPResponse, have:int, sure:bool)->tuple[int|None, int]:
+    "Bytes of the whole file, None where the server does not say; how many of those that are here fit before what comes"
+    length = r.headers.get('Content-Length')
+    if r.status != 206 or not have: return int(length) if length else None, 0   # the server sends the whole file again
+    m = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+|\*)', r.headers.get('Content-Range') or '')
+    if (m and int(m[1]) != have) or not (m or sure): raise OSError(f"the server was asked for the bytes from {have} on and sends {m[0] if m else 'it does not say which'}")
+    if m and m[3] != '*': return int(m[3]), have
+    return have + int(length) if length else None, have
+
+def _persist(url:str, part:Path, sure:bool, progress:bool, timeout:float, tries:int)->None:
+    "`_transfer`, again after a cut as long as `part` grows, and some times where the server is busy or silent"
+    size, tried = lambda: part.stat().st_size if part.exists() else 0, 1
     while True:
         before = size()
-        try: return _transfer(url, part, progress, timeout)
-        except (OSError, http.client.HTTPException):
-            if size() <= before: raise
+        try: return _transfer(url, part, sure, progress, timeout)
+        except (OSError, http.client.HTTPException) as e:
+            if size() > before: tried = 1; continue
+            busy, silent = getattr(e, 'code', 0) in (408, 425, 429, 500, 502, 503, 504), isinstance(getattr(e, 'reason', e), TimeoutError)
+            if not (busy or silent) or tried >= tries: raise
+            wait = (e.headers.get('Retry-After') or '') if busy else ''
+            time.sleep(min(int(wait), 60) if wait.isdecimal() else 2**(tried - 1)); tried += 1
 
 # %% ../nbs/00_core.ipynb #7e8335bf
 def _inside(name:str, root:Path)->bool: return (root/name).resolve().is_relative_to(root.resolve())
@@ -148,21 +356,48 @@ def _inside(name:str, root:Path)->bool: return (root/name).resolve().is_relative
 def unpack(
     archive:str|Path, # .zip, .tar, .tar.gz …
     folder:str|Path, # unpacked there; an existing folder is taken as done
+    most:float=100., # times the archive's own size (at least a gigabyte) that its contents may have
 )->Path: # `folder`
-    "Unpack once and only inside `folder`; raises `HiermetricError` for a damaged or unsafe archive"
-    archive, folder = Path(archive), Path(folder)
+    "Unpack once and only inside `folder`; raises `HiermetricError` for a damaged, unsafe or boundless archive"
+    archive, folder = Path(archive), settle(folder)
     if folder.exists(): return folder
     if not archive.exists(): raise HiermetricError(f"There is no archive {archive}.")
-    try:
-        with atomic_path(folder) as tmp:
-            tmp.mkdir()
-            with (zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open)(archive) as a:
-                names = a.namelist() if isinstance(a, zipfile.ZipFile) else a.getnames()
-                if bad := [o for o in names if not _inside(o, tmp)]: raise HiermetricError(f"{archive} holds {bad[0]!r}, which points outside its folder; nothing was unpacked.")
-                a.extractall(tmp) if isinstance(a, zipfile.ZipFile) else a.extractall(tmp, filter='data')
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as e:
-        raise HiermetricError(f"{archive} is damaged or unsafe ({e}); delete it and fetch it again.") from e
+    with _in_turn(folder):
+        if folder.exists(): return folder   # somebody else has just unpacked it
+        try:
+            with atomic_path(folder) as tmp: tmp.mkdir(); _extract(archive, tmp, max(most*archive.stat().st_size, 2**30))
+        except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as e:
+            raise HiermetricError(f"{archive} is damaged or unsafe ({e}); delete it and fetch it again.") from e
+        except NotImplementedError as e: raise HiermetricError(f"{archive} is packed in a way that cannot be read here ({e}); unpack it yourself and give the folder.") from e
+        except OSError as e: raise HiermetricError(f"{archive} cannot be unpacked to {folder} ({e.strerror or e}); nothing was kept.") from e
     return folder
+
+def _extract(archive:Path, tmp:Path, limit:float)->None:
+    "Every entry, looked over before it is written"
+    def refuse(why:str)->None: raise HiermetricError(f"{archive} {why}; nothing was unpacked.")
+    room, size = shutil.disk_usage(tmp).free, 0
+    for name, n, is_dir, write in _entries(archive, tmp, refuse):
+        size += n
+        if not _inside(name, tmp): refuse(f'holds {name!r}, which points outside its folder')
+        if not is_dir and os.path.lexists(tmp/name): refuse(f'holds two entries that would both be {name!r}')
+        if size > limit: refuse(f'of {archive.stat().st_size/1e6:,.1f} MB would unpack to more than {limit/1e9:,.1f} GB; unpack it yourself if you trust it')
+        if size > room: refuse(f'unpacks to {size/1e9:,.1f} GB or more, and there are {room/1e9:,.1f} GB left on that disk')
+        write()
+
+def _entries(archive:Path, tmp:Path, refuse:Callable)->Iterator[tuple[str, int, bool, Callable]]: # name, bytes, whether it is a folder, what writes it
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as z:
+            if locked := [o.filename for o in z.infolist() if o.flag_bits & 1]: refuse(f'is encrypted ({locked[0]!r} is)')
+            for o in z.infolist(): yield o.filename, o.file_size, o.is_dir(), partial(z.extract, o, tmp)
+        return
+    with tarfile.open(archive) as t:
+        end = 0
+        for o in t:
+            yield o.name, o.size if o.isreg() else 0, o.isdir(), partial(t.extract, o, tmp, filter='data')
+            end = o.offset_data + (-(-o.size//512)*512 if o.isreg() else 0)
+        t.fileobj.seek(end)
+        if t.fileobj.read(512) != bytes(512): raise tarfile.ReadError('it ends before its end mark')
+        while t.fileobj.read(2**20): pass   # to the checksum
 
 # %% ../nbs/00_core.ipynb #eef59864
 class Registry:

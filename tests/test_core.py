@@ -12,8 +12,9 @@ class Cutting(http.server.BaseHTTPRequestHandler):
     def log_message(self, *a): pass
     def do_GET(self):
         r = self.headers.get('Range'); self.asked.append(r); start = int(re.match(r'bytes=(\d+)-$', r)[1]) if r and self.ranges else 0
-        if start >= len(BODY): self.send_error(416); return
-        self.send_response(206 if start else 200)
+        if start >= len(BODY): self.send_response(416); self.send_header('Content-Range', f'bytes */{len(BODY)}'); self.send_header('Content-Length', '0'); self.end_headers(); return
+        self.send_response(206 if start else 200); self.send_header('ETag', '"1"')
+        if start: self.send_header('Content-Range', f'bytes {start}-{len(BODY)-1}/{len(BODY)}')
         self.send_header(*(('Transfer-Encoding', 'chunked') if self.chunked else ('Content-Length', str(len(BODY)-start)))); self.end_headers()
         data = BODY[start:start+self.most]
         if self.chunked:
