@@ -6,16 +6,17 @@
 from __future__ import annotations
 import dataclasses, inspect, types, typing
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any
 import yaml
 from fastcore.basics import patch
-from .core import HiermetricError, atomic_path, did_you_mean
+from .core import HiermetricError, atomic_path, did_you_mean, workplace
 from .datasets import DATASETS, ImageTable, folder_dataset, load_dataset
 from .features import Features
 from .heads import HEADS, EmbeddingNet
-from .training import SCHEDULES, Run, _resolve, defaults, fit
+from .training import RUN_FILES, RUN_MARKS, SCHEDULES, Run, _resolve, defaults, fit
 
 # %% auto #0
 __all__ = ['DataConfig', 'TrainConfig', 'as_kind', 'kind_name', 'check_settings', 'override']
@@ -269,7 +270,8 @@ def train(self:_Train,
     "Train as the settings say"
     if inputs is None: inputs = self.inputs(progress=call.get('progress', False))
     there = out is not None and call.get('resume', True) and any((Path(out)/o).exists() for o in ('run.json', 'checkpoint.pt'))
-    if out is not None and not there: self.save(Path(out)/'config.yaml')
-    run = fit(inputs, **self.settings, out=out, **call)
-    if there: self.save(Path(out)/'config.yaml')   # `fit` has found it to be the same run
+    with workplace(out, RUN_MARKS, ('config.yaml', *RUN_FILES)) if out is not None else nullcontext():
+        if out is not None and not there: self.save(Path(out)/'config.yaml')
+        run = fit(inputs, **self.settings, out=out, **call)
+        if there: self.save(Path(out)/'config.yaml')   # `fit` has found it to be the same run
     return run

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #cec5167d
 from __future__ import annotations
-import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, os, platform, re, secrets, shutil, tarfile, tempfile, time, urllib.error, urllib.request, zipfile, zlib
+import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, os, platform, re, secrets, shutil, tarfile, tempfile, threading, time, urllib.error, urllib.request, zipfile, zlib
 from contextlib import contextmanager
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['HiermetricError', 'did_you_mean', 'choice', 'cache_dir', 'data_dir', 'fingerprint', 'settle', 'sweep', 'atomic_path',
-           'FolderKind', 'claim_folder', 'alone', 'download', 'unpack', 'Registry']
+           'FolderKind', 'alone', 'workplace', 'in_turn', 'download', 'unpack', 'Registry']
 
 # %% ../nbs/00_core.ipynb #ec890681
 class HiermetricError(Exception):
@@ -179,12 +179,12 @@ def _sync(path:Path)->None:
     with path.open('rb') as f: os.fsync(f.fileno())
 
 # %% ../nbs/00_core.ipynb #03d9f659
-_SUMS = 'SHA256SUMS'
+_SUMS, _REMEDY = 'SHA256SUMS', 'Copy the whole folder again, or save it again.'
 
 @dataclass(frozen=True)
 class FolderKind:
     "Folders of one make: known again, replaced only by their like, compared with their checksums when they are opened"
-    what:str # for messages: 'an index'
+    what:str # for messages: 'index'
     marks:tuple[str,...] # files that every one of them holds
     names:tuple[str,...] # all that may have been written into one, as patterns: '*.npy'
     free:tuple[str,...]=('README.md',) # what people may edit; it has no checksum
@@ -198,7 +198,7 @@ class FolderKind:
         "A new folder in the place of an old one, as a whole or not at all; raises `HiermetricError` for a place that holds anything else"
         folder = settle(_not_here(folder))
         if folder.is_dir() and os.listdir(folder) and not all((folder/o).exists() for o in self.marks):
-            raise HiermetricError(f"{folder} exists and is not {self.what} (it has no {next(o for o in self.marks if not (folder/o).exists())}); nothing in it was touched. Choose another folder, or move it away.")
+            raise HiermetricError(f"{folder} exists and holds no {self.what}; it would be replaced, with all that is in it. Choose another folder, or move it away.")
         with atomic_path(folder, self.ours) as tmp:
             tmp.mkdir(); yield tmp
             self.seal(tmp)
@@ -215,55 +215,65 @@ class FolderKind:
         "A folder of the kind, whole and as it was written; raises `HiermetricError` that names the file that is not"
         path, give_up = settle(folder), time.monotonic() + 10
         while (_leftovers(path.parent, path.name) and not path.exists() or any(m['what'] == 'new' for _, m in _leftovers(path, path.name))) and time.monotonic() < give_up: time.sleep(.01)   # it is being replaced at this moment
-        if gone := [o for o in self.marks if not (path/o).exists()]: raise HiermetricError(f"There is no {self.what.split(' ', 1)[1]} in {folder}: it has no {gone[0]}.")
+        gone = [o for o in self.marks if not (path/o).exists()]
+        if self.marks[0] in gone: raise HiermetricError(f"There is no {self.what} in {folder}: it has no {gone[0]}.")
+        if gone: raise HiermetricError(f"The {self.what} in {folder} is damaged: it has lost its {gone[0]}. {_REMEDY}")
         if check and (path/_SUMS).exists(): self._compare(path)
         return path
 
     def _compare(self, path:Path)->None:
-        remedy = "Copy the whole folder again, or save it again."
         try: lines = [re.fullmatch(r'([0-9a-f]{64})  (.+)', o) for o in (path/_SUMS).read_text(encoding='utf-8').splitlines()]
         except UnicodeDecodeError: lines = [None]
-        if not all(lines): raise HiermetricError(f"{path/_SUMS} is damaged. {remedy}")
+        if not all(lines): raise HiermetricError(f"{path/_SUMS} is damaged. {_REMEDY}")
         want = {m[2]: m[1] for m in lines}
         for name in [*want, *(o for o in os.listdir(path) if o not in want and o not in (_SUMS, *self.free) and self.ours(o))]:
-            if not (path/name).is_file(): raise HiermetricError(f"{path} has lost its {name}. {remedy}")
-            if name not in want or _digest(path/name, 'sha256') != want[name]: raise HiermetricError(f"{path/name} is not what was saved in this folder ({_SUMS} tells): it is damaged, was changed, or comes from elsewhere. {remedy}")
+            if not (path/name).is_file(): raise HiermetricError(f"{path} has lost its {name}. {_REMEDY}")
+            if name not in want or _digest(path/name, 'sha256') != want[name]: raise HiermetricError(f"{path/name} is not what was saved in this folder ({_SUMS} tells): it is damaged, was changed, or comes from elsewhere. {_REMEDY}")
 
 def _not_here(folder:str|Path)->Path:
     "A folder that may be replaced: not the one we are in"
     path = Path(os.path.realpath(Path(folder).expanduser()))
-    if Path.cwd().is_relative_to(path): raise HiermetricError(f"{str(folder)!r} is the folder you are in, or one above it, and is not replaced; name one inside it, {str(Path(folder)/'out')!r} for example.")
+    if Path.cwd().is_relative_to(path): raise HiermetricError(f"{str(folder)!r} is the folder you are in, or one above it; name one inside it, {str(Path(folder)/'out')!r} for example.")
     return path
 
 # %% ../nbs/00_core.ipynb #2836746f
-def claim_folder(
-    folder:str|Path, # to be written into; made when missing
-    mark:str, # a file that tells that the folder is ours
-    names:Iterable[str], # what will be written there
-)->Path: # where it is
-    "A folder in which we may write these files; raises `HiermetricError` where one of them is somebody else's"
-    path = Path(os.path.realpath(Path(folder).expanduser()))
-    if path.exists() and not path.is_dir(): raise HiermetricError(f"{folder} is a file, and a folder is needed there; choose another name, or move it away.")
-    if not (path/mark).exists() and (taken := [o for o in names if (path/o).exists()]):
-        raise HiermetricError(f"{folder} holds a {taken[0]} that hiermetric did not write (there is no {mark} beside it), and it would be written over; choose another folder, or move it away.")
-    path.mkdir(parents=True, exist_ok=True); sweep(path)
-    return path
+_LOCK, _held = '.hiermetric.lock', {}
 
 @contextmanager
 def alone(
     path:str|Path, # a file or folder that is worked at
 )->Iterator[None]:
-    "One process at a time; raises `HiermetricError` where another is at it"
+    "One process (and thread) at a time; raises `HiermetricError` where another is at it"
     from filelock import FileLock, Timeout
     path = Path(os.path.realpath(Path(path).expanduser())); path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path/'.lock' if path.is_dir() else path.with_name(f'.{path.name}.lock'), timeout=0): yield
+    lock, me = path/_LOCK if path.is_dir() else path.with_name(f'.{path.name}.lock'), threading.get_ident()
+    if _held.get(lock) == me: yield; return   # we are at it already
+    held = FileLock(lock, timeout=0)
+    try: held.acquire()
     except Timeout: raise HiermetricError(f"Another process is at work on {path}; wait until it has finished, or choose another place.") from None
+    try: _held[lock] = me; yield
+    finally: _held.pop(lock, None); held.release()
+
+@contextmanager
+def workplace(
+    folder:str|Path, # to be written into, file by file; made when missing
+    marks:Iterable[Sequence[str]], # files that tell, where all of them are there, that the folder is ours
+    names:Iterable[str], # what will be written there
+)->Iterator[Path]: # where it is
+    "A folder that we work in alone; raises `HiermetricError` where we would write over what is not ours, or where another process is at it"
+    path = _not_here(folder)
+    if path.exists() and not path.is_dir(): raise HiermetricError(f"{folder} is a file, and a folder is needed there; choose another name, or move it away.")
+    if not any(all((path/o).exists() for o in some) for some in (*marks, [_LOCK])) and (taken := [o for o in names if (path/o).exists()]):
+        raise HiermetricError(f"{folder} holds a {taken[0]} that hiermetric did not write, and it would be written over; choose another folder, or move it away.")
+    path.mkdir(parents=True, exist_ok=True)
+    with alone(path): sweep(path); yield path
 
 # %% ../nbs/00_core.ipynb #b3eff537
 @contextmanager
-def _in_turn(path:Path)->Iterator[None]:
-    "Who makes the same thing at the same time waits here"
+def in_turn(
+    path:str|Path, # what is to be made
+)->Iterator[None]:
+    "Who wants to make the same thing at the same time waits here, and finds it made"
     from filelock import FileLock
     locks = cache_dir()/'locks'; locks.mkdir(exist_ok=True)
     with FileLock(locks/f'{fingerprint(os.path.realpath(path))}.lock'): yield
@@ -281,7 +291,7 @@ def download(
     if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part, advice = path.with_name(path.name + '.part'), f"Fetch it yourself and put it at {path}."
-    with _in_turn(path):
+    with in_turn(path):
         if path.exists(): return path   # somebody else has just fetched it
         try: _persist(url, part, checksum is not None, progress, timeout, tries)
         except (OSError, http.client.HTTPException) as e: raise HiermetricError(f"Could not download {url} ({e}). {advice}") from e
@@ -362,7 +372,7 @@ def unpack(
     archive, folder = Path(archive), settle(folder)
     if folder.exists(): return folder
     if not archive.exists(): raise HiermetricError(f"There is no archive {archive}.")
-    with _in_turn(folder):
+    with in_turn(folder):
         if folder.exists(): return folder   # somebody else has just unpacked it
         try:
             with atomic_path(folder) as tmp: tmp.mkdir(); _extract(archive, tmp, max(most*archive.stat().st_size, 2**30))

@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from rich.progress import track
-from .core import HiermetricError, Registry, atomic_path, cache_dir, data_dir, did_you_mean, download, fingerprint, unpack
+from .core import HiermetricError, Registry, atomic_path, cache_dir, data_dir, did_you_mean, download, fingerprint, in_turn, settle, unpack
 from .taxonomy import Taxonomy
 from .wordnet import wordnet_names, wordnet_taxonomy
 
@@ -324,7 +324,7 @@ def locate(
 
 def _unpacked(archive:Path)->Path:
     "The archive's contents, unpacked once; another archive of that name gets another folder"
-    return unpack(archive, cache_dir()/'datasets'/f'{archive.stem}-{fingerprint(archive.name, archive.stat().st_size)[:8]}')
+    return unpack(archive, cache_dir()/'datasets'/f'{archive.stem}-{fingerprint(archive.name, archive.stat().st_size, archive.stat().st_mtime_ns)[:8]}')
 
 # %% ../nbs/02_datasets.ipynb #42f67a6a
 TINY_IMAGENET = Source(('tiny-imagenet-200.zip',), 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'md5:90528d7ca1a48142e341f4ef8d21d0de')
@@ -369,20 +369,24 @@ def cifar_to_png(
     out:str|Path, # written as OUT/{train,test}/CLASS/NUMBER.png; an existing folder is taken as done
 )->Path: # `out`
     "Convert CIFAR-100's binary version to class folders"
-    home, out = Path(home), Path(out)
+    home, out = Path(home), settle(out)
     if out.exists(): return out
     names = (home/'fine_label_names.txt').read_text().split()
-    with atomic_path(out) as tmp:
-        for split in 'train', 'test':
-            raw = np.fromfile(home/f'{split}.bin', np.uint8)
-            if raw.size % 3074: raise HiermetricError(f"{home/f'{split}.bin'} is damaged: {raw.size} bytes are no whole number of records of 3074. Delete it and fetch the archive again.")
-            records = raw.reshape(-1, 3074)
-            if len(records) and (top := records[:, 1].max()) >= len(names): raise HiermetricError(f"{home/f'{split}.bin'} has label {top}, but there are {len(names)} names in fine_label_names.txt; fetch the archive again.")
-            for o in np.unique(records[:, 1]): (tmp/split/names[o]).mkdir(parents=True)
-            images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            for i, (label, pixels) in track(enumerate(zip(records[:, 1], images)), f'Converting {split}', total=len(records), transient=True, disable=not sys.stdout.isatty()):
-                Image.fromarray(np.ascontiguousarray(pixels)).save(tmp/split/names[label]/f'{i:05d}.png', compress_level=1)
+    with in_turn(out):
+        if not out.exists():   # and no other process has just converted them
+            with atomic_path(out) as tmp: _convert(home, tmp, names)
     return out
+
+def _convert(home:Path, out:Path, names:list[str])->None:
+    for split in 'train', 'test':
+        raw = np.fromfile(home/f'{split}.bin', np.uint8)
+        if raw.size % 3074: raise HiermetricError(f"{home/f'{split}.bin'} is damaged: {raw.size} bytes are no whole number of records of 3074. Delete it and fetch the archive again.")
+        records = raw.reshape(-1, 3074)
+        if len(records) and (top := records[:, 1].max()) >= len(names): raise HiermetricError(f"{home/f'{split}.bin'} has label {top}, but there are {len(names)} names in fine_label_names.txt; fetch the archive again.")
+        for o in np.unique(records[:, 1]): (out/split/names[o]).mkdir(parents=True)
+        images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        for i, (label, pixels) in track(enumerate(zip(records[:, 1], images)), f'Converting {split}', total=len(records), transient=True, disable=not sys.stdout.isatty()):
+            Image.fromarray(np.ascontiguousarray(pixels)).save(out/split/names[label]/f'{i:05d}.png', compress_level=1)
 
 def cifar_100(
     root:str|Path|None=None, # folder with the archive, or with its contents
@@ -901,8 +905,10 @@ def synthetic_taxa(
     "Small organisms drawn by rule: body plan, appendages, texture, size"
     if not (isinstance(seed, int) and size >= 32 and 1 <= smallest <= largest): raise HiermetricError(f"synthetic-taxa cannot be drawn with seed={seed!r}, size={size}, largest={largest}, smallest={smallest}: the seed is a whole number, size at least 32, and 1 <= smallest <= largest.")
     home = Path(root or cache_dir()/'datasets').expanduser()/f'synthetic-taxa-{fingerprint(_FAUNA_VERSION, seed, size, largest, smallest)[:8]}'
-    if not home.exists():
-        with atomic_path(home) as tmp: _draw_all(tmp, seed, size, largest, smallest)
+    if not settle(home).exists():
+        with in_turn(home):
+            if not home.exists():   # and no other process has just drawn them
+                with atomic_path(home) as tmp: _draw_all(tmp, seed, size, largest, smallest)
     return folder_dataset(home, taxonomy, None, 'synthetic-taxa')
 
 _FAUNA_VERSION = 1   # goes up when the drawings change

@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 import hiermetric
 from fastcore.basics import patch
 from torch import Tensor
-from .core import HiermetricError, atomic_path, did_you_mean, fingerprint
+from .core import HiermetricError, atomic_path, did_you_mean, fingerprint, workplace
 from .taxonomy import Taxonomy
 from .features import Features
 from .heads import HEADS, Model, create_head, head_trait, power_normalise
@@ -24,9 +24,9 @@ from .decisions import TemperatureScaling, create_rule
 from .training import Run, fit, load_run, predict, split_tensors
 
 # %% auto #0
-__all__ = ['recipes', 'margins', 'search_space', 'shown_metrics', 'Variant', 'own_space', 'trials', 'tune_head', 'Verdict',
-           'judge', 'image_sums', 'mean_interval', 'bootstrap', 'bootstrap_macro', 'logistic_regression', 'Report',
-           'compare']
+__all__ = ['recipes', 'margins', 'search_space', 'shown_metrics', 'REPORT_FILES', 'REPORT_MARKS', 'Variant', 'own_space',
+           'trials', 'tune_head', 'Verdict', 'judge', 'image_sums', 'mean_interval', 'bootstrap', 'bootstrap_macro',
+           'logistic_regression', 'Report', 'compare']
 
 # %% ../nbs/15_experiment.ipynb #32b27d8f
 @dataclass(frozen=True)
@@ -340,21 +340,22 @@ def compare(
     data = [(x, t.numpy()) for x, t in (split_tensors(features, s) for s in ('val', 'test'))]
     node_probs = lambda model: [(predict(model, x), t) for x, t in data]
     verdicts, tuning, chosen, folders = {}, None, {}, {}
-    with _bar(progress, len(variants)*(tune + seeds) + yardstick) as job:
-        if tune: variants, tuning = zip(*(tune_head(features, v, tune, runs, job) for v in variants))
-        for v, seed in itertools.product(variants, range(seeds)):
-            with job(f'{v.label}, seed {seed}') as tell: run = fit(features, **v.settings, seed=seed, out=_folder(runs, features, v, f'seed{seed}'), log=('csv', tell))
-            verdicts[v.label, seed] = judge(*node_probs(run.model), features.taxonomy, rules)
-            if run.out: folders[v.label, seed] = run.out
-            chosen[v.label] = {k: o for k,o in run.settings.items() if k != 'seed'}
-        if yardstick:
-            with job('LogisticRegression'): probs, chosen['LogisticRegression'] = _yardstick(features, runs)
-            verdicts['LogisticRegression', 0] = judge(*((features.taxonomy.node_probs(torch.as_tensor(probs[s])), t) for s, (_, t) in zip(('val', 'test'), data)), features.taxonomy, rules)
-    tables = _by_row(verdicts)
-    report = Report(_runs(verdicts), _differences(tables, draws), {k: np.stack([t.node for t in ts]).astype(np.int32) for k, ts in tables.items()}, data[1][1], features.taxonomy,
-                    chosen, None if tuning is None else pd.concat(tuning, ignore_index=True), _provenance(features, seeds, tune, draws, start), folders)
-    if out: report.save(out)
-    return report
+    with workplace(out, [REPORT_MARKS], REPORT_FILES) if out else nullcontext():
+        with _bar(progress, len(variants)*(tune + seeds) + yardstick) as job:
+            if tune: variants, tuning = zip(*(tune_head(features, v, tune, runs, job) for v in variants))
+            for v, seed in itertools.product(variants, range(seeds)):
+                with job(f'{v.label}, seed {seed}') as tell: run = fit(features, **v.settings, seed=seed, out=_folder(runs, features, v, f'seed{seed}'), log=('csv', tell))
+                verdicts[v.label, seed] = judge(*node_probs(run.model), features.taxonomy, rules)
+                if run.out: folders[v.label, seed] = run.out
+                chosen[v.label] = {k: o for k,o in run.settings.items() if k != 'seed'}
+            if yardstick:
+                with job('LogisticRegression'): probs, chosen['LogisticRegression'] = _yardstick(features, runs)
+                verdicts['LogisticRegression', 0] = judge(*((features.taxonomy.node_probs(torch.as_tensor(probs[s])), t) for s, (_, t) in zip(('val', 'test'), data)), features.taxonomy, rules)
+        tables = _by_row(verdicts)
+        report = Report(_runs(verdicts), _differences(tables, draws), {k: np.stack([t.node for t in ts]).astype(np.int32) for k, ts in tables.items()}, data[1][1], features.taxonomy,
+                        chosen, None if tuning is None else pd.concat(tuning, ignore_index=True), _provenance(features, seeds, tune, draws, start), folders)
+        if out: report.save(out)
+        return report
 
 # %% ../nbs/15_experiment.ipynb #3e4e1cd3
 def _variants(heads:Sequence, settings:dict, seeds:int, tax:Taxonomy)->list[Variant]:
@@ -599,11 +600,15 @@ def _tuning_table(self:Report)->pd.DataFrame:
 @patch
 def save(self:Report, out:str|Path)->Path: # of the HTML file
     "report.html, table.csv (as text), summary.csv (numbers), runs.csv and, where there was tuning, tuning.csv"
-    out = Path(out)
     files = {'table.csv': self.table, 'summary.csv': self.summary, 'runs.csv': self.runs.set_index('head')} | ({} if self.tuning is None else {'tuning.csv': self.tuning.set_index('head')})
-    for name, table in files.items():
-        with atomic_path(out/name) as tmp: table.to_csv(tmp)
-    return self.to_html(out/'report.html')
+    with workplace(out, [REPORT_MARKS], REPORT_FILES) as at:
+        for name, table in files.items():
+            with atomic_path(at/name) as tmp: table.to_csv(tmp)
+        self.to_html(at/'report.html')
+    return Path(out)/'report.html'
+
+REPORT_FILES = ('report.html', 'table.csv', 'summary.csv', 'runs.csv', 'tuning.csv')
+REPORT_MARKS = ('table.csv', 'summary.csv', 'runs.csv', 'report.html')   # a finished comparison has them all
 
 # %% ../nbs/15_experiment.ipynb #5f0cab41
 @patch

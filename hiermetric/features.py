@@ -17,12 +17,12 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .backbones import Backbone, Transform, create_backbone
 from . import core
-from .core import HiermetricError, Registry, atomic_path, cache_dir, did_you_mean
+from .core import FolderKind, HiermetricError, Registry, atomic_path, cache_dir, did_you_mean
 from .datasets import SPLITS, ImageTable
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['Features', 'choose_engine', 'extract']
+__all__ = ['FEATURES', 'Features', 'choose_engine', 'extract']
 
 # %% ../nbs/04_features.ipynb #343e50a8
 @dataclass(eq=False)
@@ -76,13 +76,14 @@ def fingerprint(self:Features)->str: # 16 hexadecimal digits
     return self._fingerprint
 
 # %% ../nbs/04_features.ipynb #6125db2c
+FEATURES = FolderKind('set of features', ('x.npy', 'targets.npy', 'split.npy', 'meta.json', 'taxonomy.npz'), ('*.npy', 'meta.json', 'taxonomy.npz'))
+
 @patch
 def save(self:Features,
-    folder:str|Path, # made, or replaced as a whole
+    folder:str|Path, # made, or replaced if it holds features
 )->Path: # `folder`
-    "Keep a copy"
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
+    "Keep a copy, as a whole or not at all"
+    with FEATURES.write(folder) as tmp:
         np.save(tmp/'x.npy', self.x); np.save(tmp/'targets.npy', self.targets); np.save(tmp/'split.npy', self.split)
         if self.paths is not None: np.save(tmp/'paths.npy', np.asarray(self.paths, dtype=str))
         (tmp/'meta.json').write_text(json.dumps(self.meta, indent=1, default=str), encoding='utf-8')
@@ -93,9 +94,10 @@ def save(self:Features,
 @patch(cls_method=True)
 def load(cls:Features,
     folder:str|Path, # what `save` wrote
+    check:bool=True, # compare it with its checksums: a second for a gigabyte
 )->Features: # `x` memory-mapped
-    "Features kept by `Features.save`"
-    p = Path(folder)
+    "Features kept by `Features.save`; raises `HiermetricError` where they are not what was saved"
+    p = FEATURES.open(folder, check)
     read = lambda name, **kw: np.load(p/f'{name}.npy', allow_pickle=False, **kw)
     try:
         return cls(read('x', mmap_mode='r'), read('targets'), read('split'), Taxonomy.load(p/'taxonomy.npz'), json.loads((p/'meta.json').read_text(encoding='utf-8')),

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, Registry, atomic_path, choice
+from .core import FolderKind, HiermetricError, Registry, choice
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll', 'label_nll',
-           'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads',
+__all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'MODEL', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll',
+           'label_nll', 'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads',
            'register_head', 'head_trait', 'create_head', 'Encoder', 'Model']
 
 # %% ../nbs/05_heads.ipynb #7ff37cba
@@ -421,21 +421,30 @@ def _name(head:Head)->str:
     raise HiermetricError(f"{type(head).__name__} has no name that a checkpoint could hold; call register_head('name', {type(head).__name__}) first.")
 
 # %% ../nbs/05_heads.ipynb #815215dc
+MODEL = FolderKind('model', ('config.json', 'taxonomy.npz', 'model.safetensors'), ('config.json', 'taxonomy.npz', '*.safetensors'))
+
+@patch(as_prop=True)
+def config(self:Model)->dict:
+    "All that makes the model what it is, but for weights and tree"
+    cfg = {'embedding': _settings(self.embedding), 'head': {'name': _name(self.head), **_settings(self.head)}, 'taxonomy': self.taxonomy.fingerprint}
+    return cfg if self.encoder is None else cfg | {'encoder': self.encoder.settings}
+
 @patch
 def save(self:Model,
     folder:str|Path, # made, or replaced if it holds a model
 )->None:
     "Write weights, settings and taxonomy to a folder, as a whole or not at all"
-    from safetensors.torch import save_file
-    folder = Path(folder)
-    if folder.exists() and not (folder/'config.json').exists(): raise HiermetricError(f"{folder} exists and holds no model; it would be replaced. Choose another folder.")
-    cfg = {'embedding': _settings(self.embedding), 'head': {'name': _name(self.head), **_settings(self.head)}, 'taxonomy': self.taxonomy.fingerprint}
-    if self.encoder is not None: cfg['encoder'] = self.encoder.settings
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
-        (tmp/'config.json').write_text(json.dumps(cfg, indent=1))
-        self.taxonomy.save(tmp/'taxonomy.npz')
-        save_file({k: v.contiguous() for k,v in self.state_dict().items()}, tmp/'model.safetensors')
+    with MODEL.write(folder) as tmp: self.write_files(tmp)
+
+@patch
+def write_files(self:Model,
+    folder:Path, # an empty one
+)->None:
+    "What `save` puts into its folder"
+    from safetensors.torch import save
+    (folder/'config.json').write_text(json.dumps(self.config, indent=1), encoding='utf-8')
+    self.taxonomy.save(folder/'taxonomy.npz')
+    (folder/'model.safetensors').write_bytes(save({k: v.detach().clone(memory_format=torch.contiguous_format) for k,v in self.state_dict().items()}))   # copies, since weights that are one tensor are refused
 
 # %% ../nbs/05_heads.ipynb #93b7fc4d
 @patch(cls_method=True)
@@ -447,10 +456,9 @@ def load(cls:Model,
     "Read a model back; another taxonomy is an error"
     from safetensors.torch import load_file
     from safetensors import SafetensorError
-    folder = Path(folder)
-    if not (folder/'config.json').exists(): raise HiermetricError(f"There is no model in {folder}: it has no config.json.")
+    folder = MODEL.open(folder)
     try:
-        cfg = json.loads((folder/'config.json').read_text()); own, kw, head = cfg['taxonomy'], cfg['embedding'], cfg['head']
+        cfg = json.loads((folder/'config.json').read_text(encoding='utf-8')); own, kw, head = cfg['taxonomy'], cfg['embedding'], cfg['head']
         tax = Taxonomy.load(folder/'taxonomy.npz') if taxonomy is None else taxonomy
         if tax.fingerprint != own: raise HiermetricError(f"The model in {folder} belongs to the taxonomy {own} and not to {tax.fingerprint}; load it without `taxonomy` to use its own tree, or train a new one.")
         encoder = Encoder(pretrained=False, **cfg['encoder']) if 'encoder' in cfg else None

@@ -17,12 +17,12 @@ from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 from . import core
-from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean
+from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean, settle
 from .taxonomy import Taxonomy, TaxonomyError, TaxonomyWarning
 from .datasets import IMAGE_TYPES, _nearby
 from .backbones import Backbone, create_backbone
 from .features import Features, _batches, _engines, _threads, choose_engine
-from .heads import Model, _name, _settings, create_head
+from .heads import MODEL, Model, _name, _settings, create_head
 from .metrics import accuracy, leaf_distribution, negative_log_likelihood
 from .decisions import Rule, TemperatureScaling, _rules, create_rule
 from .unseen import Detector, Outputs, create_detector, model_outputs
@@ -357,11 +357,16 @@ def from_run(cls:Predictor,
 # %% ../nbs/15_predictor.ipynb #b0ccc35e
 @patch(as_prop=True)
 def fingerprint(self:Predictor)->str: # 16 hexadecimal digits
-    "Hash of weights, tree and calibration: another one gives other answers"
+    "Hash of weights, settings, tree, ranks and calibration: another one gives other answers"
+    return self._hash(2)
+
+@patch
+def _hash(self:Predictor, version:int)->str: # of those before 2, settings, ranks and the way of the images were no part
     weights = [part for k, v in sorted(self.model.state_dict().items()) for part in (k, v.detach().cpu().contiguous().numpy().tobytes())]
     d = self.detector.state()
     learned = [part for k, v in sorted(d.pop('learned').items()) for part in (k, v.numpy().tobytes())]
-    return core.fingerprint(*weights, self.taxonomy.fingerprint, *(o.numpy().tobytes() for o in (self.val_probs, self.val_targets, self.val_strange)), round(self.temperature, 9), d, *learned)
+    more = (json.dumps([self.model.config, self.images], sort_keys=True, default=str), self.ranks and (self.ranks.names, self.ranks.of.tolist())) if version > 1 else ()
+    return core.fingerprint(*weights, self.taxonomy.fingerprint, *(o.numpy().tobytes() for o in (self.val_probs, self.val_targets, self.val_strange)), round(self.temperature, 9), d, *learned, *more)
 
 @patch
 def look(self:Predictor,
@@ -513,12 +518,12 @@ def __call__(self:Predictor,
 # %% ../nbs/15_predictor.ipynb #467f2009
 @patch
 def _save_pretrained(self:Predictor, folder:Path)->None:
-    from safetensors.torch import save_file
-    folder.rmdir()   # made by huggingface_hub, and empty: `Model.save` makes it anew
-    self.model.save(folder)
+    from safetensors.torch import save
+    self.model.write_files(folder)
     d = self.detector.state()
-    save_file({'node_probs': self.val_probs.contiguous(), 'targets': self.val_targets, 'strange': self.val_strange} | {f'detector.{k}': v.contiguous() for k, v in d.pop('learned').items()}, folder/'calibration.safetensors')
-    more = dict(version=1, fingerprint=self.fingerprint, temperature=self.temperature, detector=d, images=self.images, about=self.about, ranks=self.ranks and {'names': self.ranks.names, 'of': self.ranks.of.tolist()})
+    learned = {f'detector.{k}': v.contiguous() for k, v in d.pop('learned').items()}
+    (folder/'calibration.safetensors').write_bytes(save({'node_probs': self.val_probs.contiguous(), 'targets': self.val_targets, 'strange': self.val_strange} | learned))
+    more = dict(version=2, fingerprint=self.fingerprint, temperature=self.temperature, detector=d, images=self.images, about=self.about, ranks=self.ranks and {'names': self.ranks.names, 'of': self.ranks.of.tolist()})
     config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     (folder/'config.json').write_text(json.dumps(config | {'predictor': more}, indent=1), encoding='utf-8')
 
@@ -528,11 +533,9 @@ def save_pretrained(self:Predictor,
     **kwargs, # `push_to_hub`, `repo_id` … of `ModelHubMixin.save_pretrained`
 )->str|None: # address of the commit where it was pushed
     "Write weights, tree, calibration and model card to a folder, as a whole or not at all"
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder/'config.json').exists(): raise HiermetricError(f"{folder} exists and holds no model; it would be replaced. Choose another folder.")
-    card = {'repo_id': kwargs.get('repo_id', folder.name)} | (kwargs.pop('model_card_kwargs', None) or {})
-    with atomic_path(folder) as tmp: url = super(Predictor, self).save_pretrained(tmp, model_card_kwargs=card, **({'repo_id': folder.name} if kwargs.get('push_to_hub') else {}) | kwargs)
-    return url
+    name = Path(folder).name
+    card = {'repo_id': kwargs.get('repo_id', name)} | (kwargs.pop('model_card_kwargs', None) or {})
+    with MODEL.write(folder) as tmp: return super(Predictor, self).save_pretrained(tmp, model_card_kwargs=card, **({'repo_id': name} if kwargs.get('push_to_hub') else {}) | kwargs)
 
 @patch
 def push_to_hub(self:Predictor,
@@ -558,7 +561,7 @@ def model_folder(
     "Where a predictor lies on this machine"
     path = Path(folder).expanduser()
     if path.is_dir():
-        inner = path/'model' if (path/'run.json').exists() else path
+        inner = settle(path/'model' if (path/'run.json').exists() else path)
         if not (inner/'config.json').exists(): raise HiermetricError(f"There is no model in {folder}: it has no config.json. `hiermetric train --out {folder}` writes one.")
         return inner
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(folder)) or path.parent.is_dir(): raise HiermetricError(f"There is no model folder {folder}.{_nearby(path.absolute())}")
@@ -583,7 +586,7 @@ def from_pretrained(cls:Predictor,
 @patch(cls_method=True)
 def _from_pretrained(cls:Predictor, *, model_id:str, revision:str|None, cache_dir:str|Path|None, force_download:bool, local_files_only:bool, token:str|bool|None, taxonomy:Taxonomy|None=None, ranks:Any=None, backbone:Backbone|None=None, **_)->Predictor:
     from huggingface_hub import snapshot_download
-    here = snapshot_download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token, allow_patterns=['config.json', '*.safetensors', 'taxonomy.npz'])
+    here = snapshot_download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token, allow_patterns=['config.json', '*.safetensors', 'taxonomy.npz', 'SHA256SUMS'])
     return cls._read(Path(here), taxonomy, ranks, backbone)
 
 # %% ../nbs/15_predictor.ipynb #cb37e355
@@ -595,15 +598,15 @@ def _read(cls:Predictor, folder:Path, taxonomy:Taxonomy|None=None, ranks:Any=Non
     try:
         cfg = json.loads((folder/'config.json').read_text(encoding='utf-8')).get('predictor')
         if cfg is None: raise HiermetricError(f"The model in {folder} has no calibration, so it cannot promise anything. Train it with `hiermetric train`, which adds one (a finished run is not trained again), or use Predictor.from_run(…).save_pretrained(…).")
-        if cfg['version'] > 1: raise HiermetricError(f"The model in {folder} was written by a newer hiermetric; update this one.")
+        if cfg['version'] > 2: raise HiermetricError(f"The model in {folder} was written by a newer hiermetric; update this one.")
         if not (folder/'calibration.safetensors').exists(): raise HiermetricError(f"{folder} has lost its calibration.safetensors; copy the whole folder again.")
         val = load_file(folder/'calibration.safetensors')
         learned = {k.removeprefix('detector.'): v for k, v in val.items() if k.startswith('detector.')}
         detector = Detector.restore(cfg['detector'] | {'learned': learned}, model.taxonomy)
         out = cls(model, val['node_probs'], val['targets'], cfg['temperature'], detector, val['strange'], cfg['images'], ranks if ranks is not None else cfg['ranks'] and Ranks(cfg['ranks']['names'], np.array(cfg['ranks']['of'])), cfg['about'], backbone)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as e: raise HiermetricError(f"The predictor in {folder} is damaged ({e}); save it again.") from e
-    if out.val_probs.shape[1:] != (len(model.taxonomy),) or out.fingerprint != cfg['fingerprint']:
-        raise HiermetricError(f"The calibration in {folder} does not belong to its weights ({out.fingerprint}, expected {cfg['fingerprint']}): files of different models are mixed. Copy the whole folder again, or train again.")
+    if out.val_probs.shape[1:] != (len(model.taxonomy),) or out._hash(cfg['version']) != cfg['fingerprint']:
+        raise HiermetricError(f"The calibration in {folder} does not belong to its weights and settings ({out._hash(cfg['version'])}, expected {cfg['fingerprint']}): files of different models are mixed. Copy the whole folder again, or train again.")
     if gone := [o for some in model.taxonomy.contracted.values() for o in some]:
         warnings.warn(f"The tree of this model was contracted: {len(gone)} taxa that have a single child there ({', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}) are never an answer. Predictor.expand() puts them back.", stacklevel=4)
     return out

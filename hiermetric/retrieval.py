@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .core import HiermetricError, atomic_path, choice
+from .core import FolderKind, HiermetricError, atomic_path, choice, workplace
 from .taxonomy import Taxonomy
 from .aam import unit
 from .metrics import _below, _rows, check_targets
 
 # %% auto #0
-__all__ = ['DISTANCES', 'VOTES', 'Neighbours', 'neighbours', 'Index', 'vote_probs', 'at_rank', 'ranking_scores', 'graded_scores',
-           'tree_gains', 'ideal_gains', 'kmeans', 'nmi', 'retrieval_scores', 'evaluate_retrieval', 'Protocol',
-           'unseen_protocol']
+__all__ = ['DISTANCES', 'INDEX', 'VOTES', 'Neighbours', 'neighbours', 'Index', 'vote_probs', 'at_rank', 'ranking_scores',
+           'graded_scores', 'tree_gains', 'ideal_gains', 'kmeans', 'nmi', 'retrieval_scores', 'evaluate_retrieval',
+           'Protocol', 'unseen_protocol']
 
 # %% ../nbs/13_retrieval.ipynb #0a063130
 DISTANCES = ('cosine', 'euclidean')
@@ -267,40 +267,42 @@ def regraft(self:Index,
     return self
 
 # %% ../nbs/13_retrieval.ipynb #297221a6
+INDEX = FolderKind('index', ('index.json', 'targets.npy', 'ids.npy', 'alive.npy', 'taxonomy.npz'), ('index.json', '*.npy', 'vectors.faiss', 'taxonomy.npz'))
+
 @patch
 def save(self:Index,
     folder:str|Path, # made, or replaced if it holds an index
 )->Path: # `folder`
     "Keep it, as a whole or not at all"
-    folder = Path(folder)
-    if folder.exists() and not (folder/'index.json').exists(): raise HiermetricError(f"{folder} exists and holds no index; it would be replaced. Choose another folder.")
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
+    with INDEX.write(folder) as tmp:
         for name in ('targets', 'ids', 'alive'): np.save(tmp/f'{name}.npy', getattr(self, name))
         if self.kind == 'exact': np.save(tmp/'vectors.npy', self._store)
         else: _faiss().write_index(self._store, str(tmp/'vectors.faiss'))
         self.taxonomy.save(tmp/'taxonomy.npz')
         (tmp/'index.json').write_text(json.dumps(dict(kind=self.kind, metric=self.metric, dim=self.dim, effort=self.effort, taxonomy=self.taxonomy.fingerprint, info=self.info), indent=1, default=str), encoding='utf-8')
-    return folder
+    return Path(folder)
 
 @patch(cls_method=True)
 def load(cls:Index,
     folder:str|Path, # what `save` wrote
     taxonomy:Taxonomy|None=None, # the tree in use, to be compared; None: the index's own
     mapped:bool=True, # leave the vectors on disk; such an index cannot be added to
+    check:bool=True, # compare it with its checksums: a second for a gigabyte
 )->Index:
     "Open an index; another taxonomy is an error"
-    folder = Path(folder)
-    if not (folder/'index.json').exists(): raise HiermetricError(f"There is no index in {folder}: it has no index.json.")
+    folder = INDEX.open(folder, check)
     try:
         cfg, o = json.loads((folder/'index.json').read_text(encoding='utf-8')), cls.__new__(cls)
         own = cfg.pop('taxonomy')
         if taxonomy is not None and taxonomy.fingerprint != own: raise HiermetricError(f"The index in {folder} belongs to the taxonomy {own} and not to {taxonomy.fingerprint}; load it without `taxonomy` to use its own tree, or put it on the other one with `regraft`.")
-        o.__dict__.update(cfg, taxonomy=taxonomy or Taxonomy.load(folder/'taxonomy.npz'), mapped=mapped, **{k: np.load(folder/f'{k}.npy', allow_pickle=False) for k in ('targets', 'ids', 'alive')})
+        tax = Taxonomy.load(folder/'taxonomy.npz')
+        if tax.fingerprint != own: raise ValueError(f"its tree is {tax.fingerprint}, expected {own}")
+        o.__dict__.update(cfg, taxonomy=tax if taxonomy is None else taxonomy, mapped=mapped, **{k: np.load(folder/f'{k}.npy', allow_pickle=False) for k in ('targets', 'ids', 'alive')})
         if o.kind == 'exact': o._store = np.load(folder/'vectors.npy', mmap_mode='c' if mapped else None, allow_pickle=False)
         else: o._store = _faiss().read_index(str(folder/'vectors.faiss'), _faiss().IO_FLAG_MMAP_IFC if mapped else 0)
         n = len(o._store) if o.kind == 'exact' else o._store.ntotal
         if not n == len(o.targets) == len(o.ids) == len(o.alive): raise ValueError(f"{n} vectors, {len(o.targets)} targets")
+        check_targets(o.targets, tax, n)
     except (OSError, KeyError, ValueError, RuntimeError) as e: raise HiermetricError(f"The index in {folder} is damaged ({e}); save it again.") from e
     return o
 
@@ -717,13 +719,13 @@ def save(self:Protocol,
 )->Path: # `folder`
     "hits.csv, summary.csv, by_class.csv, report_a.csv, report_b.csv and protocol.png"
     import matplotlib.pyplot as plt
-    folder = Path(folder)
-    for name, d in dict(hits=self.hits.set_index('seed'), summary=self.summary(), by_class=self.by_class(), report_a=self.report('a'), report_b=self.report('b')).items():
-        with atomic_path(folder/f'{name}.csv') as tmp: d.to_csv(tmp)
-    fig = self.plot()
-    with atomic_path(folder/'protocol.png') as tmp: fig.savefig(tmp, format='png', dpi=120)
+    tables, fig = dict(hits=self.hits.set_index('seed'), summary=self.summary(), by_class=self.by_class(), report_a=self.report('a'), report_b=self.report('b')), self.plot()
+    with workplace(folder, [['protocol.png', 'hits.csv']], ['protocol.png', *(f'{o}.csv' for o in tables)]) as at:
+        for name, d in tables.items():
+            with atomic_path(at/f'{name}.csv') as tmp: d.to_csv(tmp)
+        with atomic_path(at/'protocol.png') as tmp: fig.savefig(tmp, format='png', dpi=120)
     plt.close(fig)
-    return folder
+    return Path(folder)
 
 @patch
 def log(self:Protocol,

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as VF
 from . import core
-from .core import HiermetricError, Registry, atomic_path, cache_dir, choice
+from .core import HiermetricError, Registry, atomic_path, cache_dir, choice, settle, workplace
 from .taxonomy import Taxonomy
 from .datasets import ImageTable
 from .backbones import Transform
@@ -649,13 +649,15 @@ def save(self:Trainer, path:str|Path, identity:dict)->None:
 @patch
 def resume(self:Trainer, path:str|Path, identity:dict)->None:
     "Continue from a checkpoint of this very run; any other is refused"
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise HiermetricError(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it to start over.") from e
-    check_identity(state['identity'], identity, path)
-    self.model.load_state_dict(state['model']); self.opt.load_state_dict(state['opt'])
-    if self.average is not None: self.average.load_state_dict(state['average'])
-    for k in _STATE:
-        if k in state: setattr(self, k, state[k])
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        check_identity(state['identity'], identity, path)
+        self.model.load_state_dict(state['model']); self.opt.load_state_dict(state['opt'])
+        if self.average is not None: self.average.load_state_dict(state['average'])
+        for k in _STATE:
+            if k in state: setattr(self, k, state[k])
+    except HiermetricError: raise
+    except Exception as e: raise HiermetricError(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it to start over.") from e   # a damaged file can raise anything
     self.total, self.rng = self.total.to(self.acc.device), state.get('rng')
 
 # %% ../nbs/14_training.ipynb #2caedd8e
@@ -810,7 +812,7 @@ def _weights_of(start:Run|str|Path|None)->tuple[Model|None, str|None]: # and a f
     "The model that a run begins with"
     if start is None: return None, None
     folder = None if isinstance(start, Run) else Path(start)
-    other = start.model if folder is None else Model.load(folder/'model' if (folder/'model').exists() else folder)
+    other = start.model if folder is None else Model.load(settle(folder/'model') if settle(folder/'model').exists() else folder)
     return other, core.fingerprint(*(v.cpu().contiguous().numpy().tobytes() for k, v in other.state_dict().items() if not k.startswith('head.')))
 
 def _unlike(a:dict, b:dict)->list[str]: return [k for k in {**a, **b} if getattr(a.get(k), 'shape', None) != getattr(b.get(k), 'shape', None)]   # names of weights that only one state has, or in another shape
@@ -845,7 +847,7 @@ def _finish(trainer:Trainer, out:Path|None, identity:dict)->Run:
     if out is not None:
         try:
             model.save(out/'model')
-            run.history.to_csv(out/'history.csv', index=False)
+            with atomic_path(out/'history.csv') as tmp: run.history.to_csv(tmp, index=False)
             _figure(out/'history.png', (5, 3), lambda fig: run.plot(fig.subplots()))
             with atomic_path(out/'run.json') as tmp: tmp.write_text(json.dumps(identity | dict(best_epoch=run.best_epoch, seconds=run.seconds), indent=1))
         except OSError as e: raise HiermetricError(f"The finished run cannot be written to {out} ({e.strerror or e}). Make room and call fit again, which continues from its last checkpoint.") from e
@@ -861,10 +863,13 @@ def load_run(
     "A finished run from its folder"
     out = Path(out)
     if not (out/'run.json').exists(): raise HiermetricError(f"There is no finished run in {out} (no run.json); train one with `fit(…, out=…)` or `hiermetric train --out …`.")
-    found = json.loads((out/'run.json').read_text())
+    try:
+        found, history = json.loads((out/'run.json').read_text(encoding='utf-8')), pd.read_csv(out/'history.csv')
+        about = found['best_epoch'], found['seconds'], found['settings']
+        if not {'epoch', 'val_nll', 'val_top1'} <= set(history) or about[0] not in range(len(history)): raise ValueError('its history and its best epoch do not go together')
+    except (OSError, ValueError, KeyError, TypeError) as e: raise HiermetricError(f"The run in {out} is damaged ({type(e).__name__}: {e}): run.json and history.csv must be as they were written. Copy them again, or train again with resume=False (--fresh).") from e
     if identity: check_identity(found, identity, out)
-    model = Model.load(out/'model', taxonomy).eval()
-    return Run(model, pd.read_csv(out/'history.csv'), found['best_epoch'], found['seconds'], found['settings'], out)
+    return Run(Model.load(out/'model', taxonomy).eval(), history, *about, out)
 
 # %% ../nbs/14_training.ipynb #099c4e66
 @contextmanager
@@ -955,26 +960,29 @@ def fit(
     cfg['precision'], gpu = acc.mixed_precision, acc.device.type == 'cuda'
     identity = _identity(data, cfg)
     if out and resume and (out/'run.json').exists(): return load_run(out, data.taxonomy, identity)
-    model = _build(data, cfg, channels_last is not False)
-    if first is not None: _begin_with(model, first)
-    trainer = Trainer(model, *_sources(data, model, cfg, acc, workers if workers is not None else gpu*min(8, os.cpu_count() or 1), progress), cfg, acc)
-    if compile and model.encoder is not None: model.encoder.net.compile()
-    if out and resume and (out/'checkpoint.pt').exists(): trainer.resume(out/'checkpoint.pt', identity)
-    if not acc.is_main_process: out, log, progress = None, (), False
-    if out: _open_folder(out, resume, trainer, provenance(data, cfg))
-    listeners = [o if callable(o) else loggers[o](out, cfg, trainer.history) for o in log]
-    try:
-        with kept_memory(acc.device): _loop(trainer, out, identity, listeners, every, progress)
-        return _finish(trainer, out, identity)
-    finally:
-        for tell, o in zip(listeners, log):
-            if not callable(o): tell(None)
+    with workplace(out, RUN_MARKS, RUN_FILES) if out and acc.is_main_process else nullcontext():
+        model = _build(data, cfg, channels_last is not False)
+        if first is not None: _begin_with(model, first)
+        trainer = Trainer(model, *_sources(data, model, cfg, acc, workers if workers is not None else gpu*min(8, os.cpu_count() or 1), progress), cfg, acc)
+        if compile and model.encoder is not None: model.encoder.net.compile()
+        if out and resume and (out/'checkpoint.pt').exists(): trainer.resume(out/'checkpoint.pt', identity)
+        if not acc.is_main_process: out, log, progress = None, (), False
+        if out: _open_folder(out, resume, trainer, provenance(data, cfg))
+        listeners = [o if callable(o) else loggers[o](out, cfg, trainer.history) for o in log]
+        try:
+            with kept_memory(acc.device): _loop(trainer, out, identity, listeners, every, progress)
+            return _finish(trainer, out, identity)
+        finally:
+            for tell, o in zip(listeners, log):
+                if not callable(o): tell(None)
 
 # %% ../nbs/14_training.ipynb #757e0806
 def defaults()->dict[str, Any]:
     "Settings of `fit` that make a run what it is, each with its default; where it runs and what it tells is not among them"
     return {k: p.default for k, p in inspect.signature(fit).parameters.items() if k not in _OUTSIDE}
 
+RUN_MARKS = [('run.json',), ('checkpoint.pt',)]   # a finished run, and one that was stopped
+RUN_FILES = ('about.json', 'run.json', 'checkpoint.pt', 'model', 'history.csv', 'history.jsonl', 'history.png', 'batch.png')   # what a run's folder is known by, and what else is written there
 _OUTSIDE = ('data', 'out', 'resume', 'checkpoint_every', 'log', 'progress', 'device', 'workers', 'compile', 'channels_last')
 _IMAGES_ONLY = ('backbone', 'backbone_kw', 'image_size', 'augment', 'augment_kw', 'mix', 'mix_kw', 'freeze', 'unfreeze_at', 'freeze_bn', 'layer_decay', 'size_input')
 _ALWAYS = ('head', 'embedding', 'embed_dim', 'power', 'dropout', 'epochs', 'batch_size', 'lr', 'weight_decay', 'warmup', 'patience', 'monitor', 'seed', 'precision', 'head_kw', 'embed_kw')
@@ -1006,9 +1014,7 @@ def _plain(settings:dict)->dict:
     return json.loads(json.dumps(settings, default=lambda o: f'{o.__module__}.{getattr(o, "__qualname__", type(o).__qualname__)}' if callable(o) else np.asarray(o).tolist()))
 
 def _open_folder(out:Path, resume:bool, trainer:Trainer, about:dict)->None:
-    "Sweep, and write what is known before the first step"
-    out.mkdir(parents=True, exist_ok=True)
-    for p in out.glob('.*.part'): p.unlink() if p.is_file() else None   # of a run that was killed while it wrote
+    "Write what is known before the first step"
     if not resume:
         for name in ('run.json', 'checkpoint.pt'): (out/name).unlink(missing_ok=True)
     with atomic_path(out/'about.json') as tmp: tmp.write_text(json.dumps(_plain(about), indent=1), encoding='utf-8')

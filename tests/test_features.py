@@ -131,7 +131,7 @@ def test_save_and_load(tmp_path, backbone):
     for split in ('train', 'val', 'test'):
         (x, t), (u, v) = f.of(split), g.of(split)
         assert torch.equal(x, u) and torch.equal(t, v) and x.dtype == torch.float32
-    with pytest.raises(HiermetricError, match='no complete features'): Features.load(tmp_path/'nowhere')
+    with pytest.raises(HiermetricError, match='There is no set of features in .*it has no x.npy'): Features.load(tmp_path/'nowhere')
 
 def test_errors_name_culprit_and_remedy(tmp_path, backbone):
     table = toy_table(tmp_path/'img', 8)
@@ -163,6 +163,8 @@ def test_files_of_another_tree_are_refused(tmp_path):
     tax = Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'})
     folder = Features(np.eye(3), [2, 3, 1], ['train']*3, tax).save(tmp_path/'f')
     Taxonomy.from_paths({'a': '', 'b': ''}).save(folder/'taxonomy.npz')
+    with pytest.raises(HiermetricError, match='taxonomy.npz is not what was saved'): Features.load(folder)
+    (folder/'SHA256SUMS').unlink()   # as a folder of before
     with pytest.raises(HiermetricError, match='outside the tree of 3 nodes'): Features.load(folder)
 
 def test_nothing_readable_is_an_error_even_when_skipping(tmp_path, backbone):

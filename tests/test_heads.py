@@ -244,7 +244,7 @@ def test_round_trip(name, kind, tmp_path):
     assert not back.training and back.taxonomy == TAX and type(back.head) is type(m.head)
     assert torch.equal(back.node_probs(x), m.node_probs(x)) and torch.equal(back.loss(x, t), m.loss(x, t)) and torch.equal(back.leaf_probs(x), m.leaf_probs(x)) and torch.equal(back(x), m(x))
     for k in SETTINGS[name]: assert (getattr(back.head, k) if hasattr(back.head, k) else back.head.m3) == SETTINGS[name][k]
-    assert sorted(o.name for o in (tmp_path/'m').iterdir()) == ['config.json', 'model.safetensors', 'taxonomy.npz'] and len(list(tmp_path.iterdir())) == 1
+    assert sorted(o.name for o in (tmp_path/'m').iterdir()) == ['SHA256SUMS', 'config.json', 'model.safetensors', 'taxonomy.npz'] and len(list(tmp_path.iterdir())) == 1
 
 @pytest.fixture
 def saved(tmp_path):
@@ -257,7 +257,7 @@ def refused(folder, *words, **kw):
 def test_another_taxonomy_is_refused(saved):
     other = Taxonomy.from_paths({'lynx':'cat', 'wolf':'dog'}); refused(saved, TAX.fingerprint, other.fingerprint, 'train a new one', taxonomy=other)
     same_size = Taxonomy.from_paths({'a':'mammal/cat', 'b':'mammal/cat', 'c':'mammal/dog', 'd':'mammal/dog', 'e':'bird', 'f':'bird'}); refused(saved, same_size.fingerprint, taxonomy=same_size)
-    other.save(saved/'taxonomy.npz'); refused(saved, TAX.fingerprint, other.fingerprint)   # the file beside it was exchanged
+    other.save(saved/'taxonomy.npz'); refused(saved, 'taxonomy.npz is not what was saved'); (saved/'SHA256SUMS').unlink(); refused(saved, TAX.fingerprint, other.fingerprint)   # the file beside it was exchanged
     assert Model.load(saved, taxonomy=TAX).taxonomy is TAX
 
 @pytest.mark.parametrize('spoil,words', [
@@ -271,7 +271,7 @@ def test_another_taxonomy_is_refused(saved):
 ])
 def test_damaged(saved, spoil, words): spoil(saved); refused(saved, *words)
 
-def edit(d, f): cfg = json.loads((d/'config.json').read_text()); f(cfg); (d/'config.json').write_text(json.dumps(cfg))
+def edit(d, f): cfg = json.loads((d/'config.json').read_text()); f(cfg); (d/'config.json').write_text(json.dumps(cfg)); (d/'SHA256SUMS').unlink()   # as a folder of before, which has none
 
 def test_nothing_is_run_from_a_checkpoint(saved):
     edit(saved, lambda c: c['head'].update(name='os.system')); refused(saved, "There is no head 'os.system'")
@@ -288,7 +288,7 @@ def test_save_replaces_a_model_and_nothing_else(saved, tmp_path):
 def test_a_failed_save_leaves_the_old_model(saved, monkeypatch):
     before = (saved/'model.safetensors').read_bytes(); m = Model(EmbeddingNet(12, D), create_head('classifier', D, TAX))
     def full(*a, **k): raise OSError('No space left on device')
-    monkeypatch.setattr('safetensors.torch.save_file', full)
+    monkeypatch.setattr('safetensors.torch.save', full)
     with pytest.raises(OSError): m.save(saved)
     assert (saved/'model.safetensors').read_bytes() == before and [o.name for o in saved.parent.iterdir()] == ['m'] and Model.load(saved).head.s == 16
 

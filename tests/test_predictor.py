@@ -264,10 +264,12 @@ def edit(path, **kw):
     (lambda a, b: (a/'calibration.safetensors').unlink(), 'has lost its calibration'),
     (lambda a, b: (a/'calibration.safetensors').write_bytes(b'oops'), 'is damaged'),
     (lambda a, b: (a/'config.json').write_text('{'), 'is damaged'),
-    (lambda a, b: edit(a/'config.json', version=2), 'written by a newer hiermetric'),
+    (lambda a, b: edit(a/'config.json', version=3), 'written by a newer hiermetric'),
     (lambda a, b: (a/'config.json').unlink(), 'There is no model in .*no config.json')])
 def test_folders_that_were_tampered_with(kept, tmp_path, harm, says):
     shutil.copytree(kept/'0', tmp_path/'a'); harm(tmp_path/'a', kept/'1')
+    with pytest.raises(HiermetricError, match='is not what was saved|has lost its|There is no model'): Predictor.from_pretrained(tmp_path/'a')
+    (tmp_path/'a'/'SHA256SUMS').unlink()   # without checksums, as a folder of before, what is inside still tells
     with pytest.raises(HiermetricError, match=says): Predictor.from_pretrained(tmp_path/'a')
 
 def test_other_folders(kept, tmp_path, toy):
@@ -294,7 +296,7 @@ def test_to_the_hub_and_back(kept, monkeypatch, tmp_path):
     predictor = Predictor.from_pretrained(kept/'0')
     assert predictor.push_to_hub('me/plankton') == 'https://hub/me/plankton'
     there = tmp_path/'hub'/'me'/'plankton'
-    assert {o.name for o in there.iterdir()} == {'README.md', 'config.json', 'model.safetensors', 'calibration.safetensors', 'taxonomy.npz'}
+    assert {o.name for o in there.iterdir()} == {'README.md', 'config.json', 'model.safetensors', 'calibration.safetensors', 'taxonomy.npz', 'SHA256SUMS'}
     assert "from_pretrained('me/plankton')" in (there/'README.md').read_text()
     monkeypatch.setattr(mixin, 'hf_hub_download', lambda repo_id, filename, **kw: str(tmp_path/'hub'/repo_id/filename))
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda repo_id, **kw: str(tmp_path/'hub'/repo_id))
