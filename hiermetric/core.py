@@ -208,18 +208,34 @@ class FolderKind:
         files = sorted(o.relative_to(folder).as_posix() for o in folder.rglob('*') if o.is_file() and o.name not in (_SUMS, *self.free))
         (folder/_SUMS).write_text(''.join(f'{_digest(folder/o, "sha256")}  {o}\n' for o in files), encoding='utf-8')
 
-    def open(self,
+    def read(self,
         folder:str|Path, # what `write` made
+        load:Callable[[Path],Any], # reads it
         check:bool=True, # compare it with its checksums
-    )->Path: # where it is
-        "A folder of the kind, whole and as it was written; raises `HiermetricError` that names the file that is not"
+    )->Any: # what `load` gives
+        "What is in a folder of the kind, whole and as it was written; raises `HiermetricError` that names the file that is not"
+        while True:
+            path = self._settled(folder); before = self._mark(path)
+            try:
+                gone = [o for o in self.marks if not (path/o).exists()]
+                if self.marks[0] in gone: raise HiermetricError(f"There is no {self.what} in {folder}: it has no {gone[0]}.")
+                if gone: raise HiermetricError(f"The {self.what} in {folder} is damaged: it has lost its {gone[0]}. {_REMEDY}")
+                if check and (path/_SUMS).exists(): self._compare(path)
+                out = load(path)
+                if self._mark(path) == before: return out
+            except Exception:
+                if self._mark(path) == before: raise   # else somebody has replaced the folder while it was read
+
+    def _settled(self, folder:str|Path)->Path:
+        "The place, after whoever replaces it at this moment"
         path, give_up = settle(folder), time.monotonic() + 10
-        while (_leftovers(path.parent, path.name) and not path.exists() or any(m['what'] == 'new' for _, m in _leftovers(path, path.name))) and time.monotonic() < give_up: time.sleep(.01)   # it is being replaced at this moment
-        gone = [o for o in self.marks if not (path/o).exists()]
-        if self.marks[0] in gone: raise HiermetricError(f"There is no {self.what} in {folder}: it has no {gone[0]}.")
-        if gone: raise HiermetricError(f"The {self.what} in {folder} is damaged: it has lost its {gone[0]}. {_REMEDY}")
-        if check and (path/_SUMS).exists(): self._compare(path)
+        def busy()->bool: return (bool(_leftovers(path.parent, path.name)) and not path.exists()) or any(m['what'] == 'new' for _, m in _leftovers(path, path.name))
+        while busy() and time.monotonic() < give_up: time.sleep(.01)
         return path
+
+    def _mark(self, path:Path)->list[tuple[int,int]]:
+        "Another one for another folder at the same place"
+        return [(s.st_ino, s.st_mtime_ns) for o in (path, path/_SUMS) if o.exists() and (s := o.stat())]
 
     def _compare(self, path:Path)->None:
         try: lines = [re.fullmatch(r'([0-9a-f]{64})  (.+)', o) for o in (path/_SUMS).read_text(encoding='utf-8').splitlines()]

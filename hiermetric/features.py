@@ -97,12 +97,13 @@ def load(cls:Features,
     check:bool=True, # compare it with its checksums: a second for a gigabyte
 )->Features: # `x` memory-mapped
     "Features kept by `Features.save`; raises `HiermetricError` where they are not what was saved"
-    p = FEATURES.open(folder, check)
-    read = lambda name, **kw: np.load(p/f'{name}.npy', allow_pickle=False, **kw)
-    try:
-        return cls(read('x', mmap_mode='r'), read('targets'), read('split'), Taxonomy.load(p/'taxonomy.npz'), json.loads((p/'meta.json').read_text(encoding='utf-8')),
-                        read('paths') if (p/'paths.npy').exists() else None)
-    except (OSError, ValueError) as e: raise HiermetricError(f"{p} holds no complete features ({e}); write them with Features.save or `hiermetric features --out`.") from e
+    def files(p:Path)->Features:
+        read = lambda name, **kw: np.load(p/f'{name}.npy', allow_pickle=False, **kw)
+        try:
+            return cls(read('x', mmap_mode='r'), read('targets'), read('split'), Taxonomy.load(p/'taxonomy.npz'), json.loads((p/'meta.json').read_text(encoding='utf-8')),
+                       read('paths') if (p/'paths.npy').exists() else None)
+        except (OSError, ValueError) as e: raise HiermetricError(f"{p} holds no complete features ({e}); write them with Features.save or `hiermetric features --out`.") from e
+    return FEATURES.read(folder, files, check)
 
 # %% ../nbs/04_features.ipynb #b993da44
 class _Normalised(nn.Module):

@@ -453,10 +453,17 @@ def load(cls:Model,
     taxonomy:Taxonomy|None=None, # the tree in use, to be compared; None: the checkpoint's own
     device:str='cpu', # where to put it
 )->Model: # in evaluation mode
-    "Read a model back; another taxonomy is an error"
+    "Read a model back; another taxonomy is an error, and so is a file that is not what was saved"
+    return MODEL.read(folder, lambda p: cls.read_files(p, taxonomy)).to(device)
+
+@patch(cls_method=True)
+def read_files(cls:Model,
+    folder:Path, # what `write_files` filled
+    taxonomy:Taxonomy|None=None, # the tree in use; None: the checkpoint's own
+)->Model: # in evaluation mode
+    "What `load` finds in its folder"
     from safetensors.torch import load_file
     from safetensors import SafetensorError
-    folder = MODEL.open(folder)
     try:
         cfg = json.loads((folder/'config.json').read_text(encoding='utf-8')); own, kw, head = cfg['taxonomy'], cfg['embedding'], cfg['head']
         tax = Taxonomy.load(folder/'taxonomy.npz') if taxonomy is None else taxonomy
@@ -465,4 +472,4 @@ def load(cls:Model,
         model = cls(EmbeddingNet(**kw), create_head(taxonomy=tax, **head), encoder)
         model.load_state_dict(load_file(folder/'model.safetensors'))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e: raise HiermetricError(f"The model in {folder} is damaged ({e}); save it again.") from e
-    return model.to(device).eval()
+    return model.eval()

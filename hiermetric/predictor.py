@@ -559,7 +559,7 @@ def model_folder(
     folder:str|Path, # a predictor's folder, or that of a run
 )->Path|None: # the folder with `config.json`; None where there is no such folder and it may be the name of a repository
     "Where a predictor lies on this machine"
-    path = Path(folder).expanduser()
+    path = Path(folder).expanduser(); settle(path)
     if path.is_dir():
         inner = settle(path/'model' if (path/'run.json').exists() else path)
         if not (inner/'config.json').exists(): raise HiermetricError(f"There is no model in {folder}: it has no config.json. `hiermetric train --out {folder}` writes one.")
@@ -577,9 +577,8 @@ def from_pretrained(cls:Predictor,
     **kwargs, # `revision`, `token`, `local_files_only` … of `ModelHubMixin.from_pretrained`
 )->Predictor:
     "A predictor from a folder or from the hub"
-    mine = dict(taxonomy=taxonomy, ranks=ranks, backbone=backbone)
-    if (here := model_folder(folder)) is not None: return cls._read(here, **mine)
-    try: return super(Predictor, cls).from_pretrained(str(folder), **kwargs, **mine)
+    if (here := model_folder(folder)) is not None: return cls._read(here, taxonomy, ranks, backbone)
+    try: return super(Predictor, cls).from_pretrained(str(folder), **kwargs, taxonomy=taxonomy, ranks=ranks, backbone=backbone)
     except HiermetricError: raise
     except (OSError, ValueError) as e: raise HiermetricError(f"There is no folder {folder}, and the Hugging Face hub does not give a model of that name either ({(str(e) or type(e).__name__).strip().splitlines()[0]}).") from e
 
@@ -591,10 +590,13 @@ def _from_pretrained(cls:Predictor, *, model_id:str, revision:str|None, cache_di
 
 # %% ../nbs/15_predictor.ipynb #cb37e355
 @patch(cls_method=True)
-def _read(cls:Predictor, folder:Path, taxonomy:Taxonomy|None=None, ranks:Any=None, backbone:Backbone|None=None)->Predictor:
+def _read(cls:Predictor, folder:Path, *args)->Predictor: return MODEL.read(folder, lambda p: cls._read_files(p, *args))
+
+@patch(cls_method=True)
+def _read_files(cls:Predictor, folder:Path, taxonomy:Taxonomy|None, ranks:Any, backbone:Backbone|None)->Predictor:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    model = Model.load(folder, taxonomy)
+    model = Model.read_files(folder, taxonomy)
     try:
         cfg = json.loads((folder/'config.json').read_text(encoding='utf-8')).get('predictor')
         if cfg is None: raise HiermetricError(f"The model in {folder} has no calibration, so it cannot promise anything. Train it with `hiermetric train`, which adds one (a finished run is not trained again), or use Predictor.from_run(…).save_pretrained(…).")
@@ -608,7 +610,7 @@ def _read(cls:Predictor, folder:Path, taxonomy:Taxonomy|None=None, ranks:Any=Non
     if out.val_probs.shape[1:] != (len(model.taxonomy),) or out._hash(cfg['version']) != cfg['fingerprint']:
         raise HiermetricError(f"The calibration in {folder} does not belong to its weights and settings ({out._hash(cfg['version'])}, expected {cfg['fingerprint']}): files of different models are mixed. Copy the whole folder again, or train again.")
     if gone := [o for some in model.taxonomy.contracted.values() for o in some]:
-        warnings.warn(f"The tree of this model was contracted: {len(gone)} taxa that have a single child there ({', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}) are never an answer. Predictor.expand() puts them back.", stacklevel=4)
+        warnings.warn(f"The tree of this model was contracted: {len(gone)} taxa that have a single child there ({', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}) are never an answer. Predictor.expand() puts them back.", stacklevel=7)
     return out
 
 # %% ../nbs/15_predictor.ipynb #c4a17042

@@ -290,14 +290,17 @@ def load(cls:Index,
     check:bool=True, # compare it with its checksums: a second for a gigabyte
 )->Index:
     "Open an index; another taxonomy is an error"
-    folder = INDEX.open(folder, check)
+    return INDEX.read(folder, lambda p: cls._read_files(p, taxonomy, mapped), check)
+
+@patch(cls_method=True)
+def _read_files(cls:Index, folder:Path, taxonomy:Taxonomy|None, mapped:bool)->Index:
     try:
         cfg, o = json.loads((folder/'index.json').read_text(encoding='utf-8')), cls.__new__(cls)
-        own = cfg.pop('taxonomy')
+        own = cfg['taxonomy']
         if taxonomy is not None and taxonomy.fingerprint != own: raise HiermetricError(f"The index in {folder} belongs to the taxonomy {own} and not to {taxonomy.fingerprint}; load it without `taxonomy` to use its own tree, or put it on the other one with `regraft`.")
         tax = Taxonomy.load(folder/'taxonomy.npz')
         if tax.fingerprint != own: raise ValueError(f"its tree is {tax.fingerprint}, expected {own}")
-        o.__dict__.update(cfg, taxonomy=tax if taxonomy is None else taxonomy, mapped=mapped, **{k: np.load(folder/f'{k}.npy', allow_pickle=False) for k in ('targets', 'ids', 'alive')})
+        o.__dict__.update({k: cfg[k] for k in ('kind', 'metric', 'dim', 'effort', 'info')}, taxonomy=tax if taxonomy is None else taxonomy, mapped=mapped, **{k: np.load(folder/f'{k}.npy', allow_pickle=False) for k in ('targets', 'ids', 'alive')})
         if o.kind == 'exact': o._store = np.load(folder/'vectors.npy', mmap_mode='c' if mapped else None, allow_pickle=False)
         else: o._store = _faiss().read_index(str(folder/'vectors.faiss'), _faiss().IO_FLAG_MMAP_IFC if mapped else 0)
         n = len(o._store) if o.kind == 'exact' else o._store.ntotal

@@ -6,6 +6,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('WANDB_MODE', 'offline')
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'long: the long form of a random test; run with -m long')
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr: return
+    config.hook.pytest_deselected(items=[o for o in items if o.get_closest_marker('long')])
+    items[:] = [o for o in items if not o.get_closest_marker('long')]
+
 @pytest.fixture(scope='module')
 def one_thread():
     "Small networks gain nothing from more, and on a busy machine threads that wait for each other cost minutes"
