@@ -172,7 +172,8 @@ def _pour(new:Path, path:Path)->None:
         if o.name == '.gone': continue
         if (path/o.name).is_dir(): _drop(path/o.name)
         os.replace(o, path/o.name)
-    for name in json.loads((new/'.gone').read_text(encoding='utf-8')): _drop(path/name)
+    if (new/'.gone').exists():   # else it was being deleted
+        for name in json.loads((new/'.gone').read_text(encoding='utf-8')): _drop(path/name)
     _drop(new)
 
 def _sync(path:Path)->None:

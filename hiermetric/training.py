@@ -959,7 +959,10 @@ def fit(
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
     cfg['precision'], gpu = acc.mixed_precision, acc.device.type == 'cuda'
     identity = _identity(data, cfg)
-    if out and resume and (out/'run.json').exists(): return load_run(out, data.taxonomy, identity)
+    if out and resume and (out/'run.json').exists():
+        run = load_run(out, data.taxonomy, identity)
+        if acc.is_main_process and (out/'checkpoint.pt').exists(): (out/'checkpoint.pt').unlink()   # killed before it did so itself
+        return run
     with workplace(out, RUN_MARKS, RUN_FILES) if out and acc.is_main_process else nullcontext():
         model = _build(data, cfg, channels_last is not False)
         if first is not None: _begin_with(model, first)
