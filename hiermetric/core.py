@@ -351,7 +351,7 @@ def _transfer(url:str, part:Path, sure:bool, progress:bool, timeout:float)->None
             task = bar.add_task(part.name.removesuffix('.part'), total=total, completed=have)
             with part.open('ab' if have else 'wb') as f:
                 try:
-                    while chunk := r.read(1<<16): f.write(chunk); bar.advance(task, len(chunk))
+                    while chunk := r.read1(1<<16): f.write(chunk); bar.advance(task, len(chunk))
                 except http.client.IncompleteRead as e: f.write(e.partial); raise
         if total is not None and part.stat().st_size != total: raise OSError(f'the connection ended after {part.stat().st_size} of {total} bytes; run again to resume')
 
@@ -378,6 +378,8 @@ def _persist(url:str, part:Path, sure:bool, progress:bool, timeout:float, tries:
             time.sleep(min(int(wait), 60) if wait.isdecimal() else 2**(tried - 1)); tried += 1
 
 # %% ../nbs/00_core.ipynb #7e8335bf
+_LEAST = 2**30   # bytes that the contents of any archive may have
+
 def _inside(name:str, root:Path)->bool: return (root/name).resolve().is_relative_to(root.resolve())
 
 def unpack(
@@ -392,9 +394,9 @@ def unpack(
     with in_turn(folder):
         if folder.exists(): return folder   # somebody else has just unpacked it
         try:
-            with atomic_path(folder) as tmp: tmp.mkdir(); _extract(archive, tmp, max(most*archive.stat().st_size, 2**30))
+            with atomic_path(folder) as tmp: tmp.mkdir(); _extract(archive, tmp, max(most*archive.stat().st_size, _LEAST))
         except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as e:
-            raise HiermetricError(f"{archive} is damaged or unsafe ({e}); delete it and fetch it again.") from e
+            raise HiermetricError(f"{archive} is damaged or unsafe ({str(e).partition(':')[0] if chr(10) in str(e) else e}); delete it and fetch it again.") from e
         except NotImplementedError as e: raise HiermetricError(f"{archive} is packed in a way that cannot be read here ({e}); unpack it yourself and give the folder.") from e
         except OSError as e: raise HiermetricError(f"{archive} cannot be unpacked to {folder} ({e.strerror or e}); nothing was kept.") from e
     return folder
@@ -411,9 +413,14 @@ def _extract(archive:Path, tmp:Path, limit:float)->None:
         if size > room: refuse(f'unpacks to {size/1e9:,.1f} GB or more, and there are {room/1e9:,.1f} GB left on that disk')
         write()
 
+def _tail(path:Path, n:int)->bytes:
+    with path.open('rb') as f: f.seek(-min(n, path.stat().st_size), 2); return f.read()
+
 def _entries(archive:Path, tmp:Path, refuse:Callable)->Iterator[tuple[str, int, bool, Callable]]: # name, bytes, whether it is a folder, what writes it
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
+            tail = _tail(archive, 2**16 + 22); said = int.from_bytes(tail[(at := tail.rfind(b'PK\5\6')) + 10:at + 12], 'little')
+            if said not in (len(z.infolist()) % 2**16, 2**16 - 1): raise zipfile.BadZipFile(f'it says that it has {said} entries, and lists {len(z.infolist())}')
             if locked := [o.filename for o in z.infolist() if o.flag_bits & 1]: refuse(f'is encrypted ({locked[0]!r} is)')
             for o in z.infolist(): yield o.filename, o.file_size, o.is_dir(), partial(z.extract, o, tmp)
         return

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_datasets.ipynb #cb540aa5
 from __future__ import annotations
-import colorsys, hashlib, math, os, subprocess, sys, unicodedata
+import colorsys, hashlib, math, os, subprocess, sys, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -320,7 +320,9 @@ def locate(
         for o in source.archives:
             if (folder/o).is_file(): return _unpacked(folder/o)
     if root: return root
-    return _unpacked(download(source.url, cache_dir()/'data'/source.archives[-1], source.checksum))
+    archive = download(source.url, cache_dir()/'data'/source.archives[-1], source.checksum)
+    if source.checksum is None: warnings.warn(f"Nobody publishes a checksum of {archive.name}: that it is what its authors meant cannot be checked, only that it is whole.", stacklevel=3)
+    return _unpacked(archive)
 
 def _unpacked(archive:Path)->Path:
     "The archive's contents, unpacked once; another archive of that name gets another folder"
@@ -940,7 +942,7 @@ def _draw_all(home:Path, seed:int, size:int, largest:int, smallest:int)->None:
 DATASETS = Registry('data set',
     **{'synthetic-taxa': ('hiermetric.datasets.synthetic_taxa', 'about 60 species of small organisms, drawn from a seed; the default, needs nothing'),
        'tiny-imagenet': ('hiermetric.datasets.tiny_imagenet', '200 ImageNet classes at 64 px, WordNet tree; 237 MB from cs231n.stanford.edu'),
-       'planktonset': ('hiermetric.datasets.planktonset', '121 classes of marine plankton, long tail, ragged tree; from NOAA NCEI'),
+       'planktonset': ('hiermetric.datasets.planktonset', '121 classes of marine plankton, long tail, ragged tree; from NOAA NCEI, which publishes no checksum'),
        'cifar-100': ('hiermetric.datasets.cifar_100', '100 classes at 32 px in 20 superclasses; 162 MB from cs.toronto.edu')})
 
 def list_datasets()->pd.DataFrame: # indexed by name
