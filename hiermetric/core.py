@@ -17,7 +17,7 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['HiermetricError', 'did_you_mean', 'choice', 'cache_dir', 'data_dir', 'fingerprint', 'settle', 'sweep', 'atomic_path',
-           'FolderKind', 'alone', 'workplace', 'in_turn', 'download', 'unpack', 'Registry']
+           'FolderKind', 'alone', 'claim_folder', 'workplace', 'in_turn', 'download', 'unpack', 'Registry']
 
 # %% ../nbs/00_core.ipynb #ec890681
 class HiermetricError(Exception):
@@ -271,19 +271,28 @@ def alone(
     try: _held[lock] = me; yield
     finally: _held.pop(lock, None); held.release()
 
-@contextmanager
-def workplace(
+def claim_folder(
     folder:str|Path, # to be written into, file by file; made when missing
     marks:Iterable[Sequence[str]], # files that tell, where all of them are there, that the folder is ours
     names:Iterable[str], # what will be written there
-)->Iterator[Path]: # where it is
-    "A folder that we work in alone; raises `HiermetricError` where we would write over what is not ours, or where another process is at it"
+)->Path: # where it is
+    "A folder that we may write these files into; raises `HiermetricError` where one of them is there and is not ours"
     path = _not_here(folder)
     if path.exists() and not path.is_dir(): raise HiermetricError(f"{folder} is a file, and a folder is needed there; choose another name, or move it away.")
     if not any(all((path/o).exists() for o in some) for some in (*marks, [_LOCK])) and (taken := [o for o in names if (path/o).exists()]):
         raise HiermetricError(f"{folder} holds a {taken[0]} that hiermetric did not write, and it would be written over; choose another folder, or move it away.")
     path.mkdir(parents=True, exist_ok=True)
+    return path
+
+@contextmanager
+def workplace(
+    folder:str|Path, # to be written into over a long time
+    marks:Iterable[Sequence[str]], names:Iterable[str], # as in `claim_folder`
+)->Iterator[Path]: # where it is
+    "A claimed folder that we work in alone, swept of what a process that was killed left half done"
+    path = claim_folder(folder, marks, names)
     with alone(path): sweep(path); yield path
+
 
 # %% ../nbs/00_core.ipynb #b3eff537
 @contextmanager

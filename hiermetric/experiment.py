@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 import hiermetric
 from fastcore.basics import patch
 from torch import Tensor
-from .core import HiermetricError, atomic_path, did_you_mean, fingerprint, workplace
+from .core import HiermetricError, atomic_path, claim_folder, did_you_mean, fingerprint, workplace
 from .taxonomy import Taxonomy
 from .features import Features
 from .heads import HEADS, Model, create_head, head_trait, power_normalise
@@ -601,10 +601,10 @@ def _tuning_table(self:Report)->pd.DataFrame:
 def save(self:Report, out:str|Path)->Path: # of the HTML file
     "report.html, table.csv (as text), summary.csv (numbers), runs.csv and, where there was tuning, tuning.csv"
     files = {'table.csv': self.table, 'summary.csv': self.summary, 'runs.csv': self.runs.set_index('head')} | ({} if self.tuning is None else {'tuning.csv': self.tuning.set_index('head')})
-    with workplace(out, [REPORT_MARKS], REPORT_FILES) as at:
-        for name, table in files.items():
-            with atomic_path(at/name) as tmp: table.to_csv(tmp)
-        self.to_html(at/'report.html')
+    at = claim_folder(out, [REPORT_MARKS], REPORT_FILES)
+    for name, table in files.items():
+        with atomic_path(at/name) as tmp: table.to_csv(tmp)
+    self.to_html(at/'report.html')
     return Path(out)/'report.html'
 
 REPORT_FILES = ('report.html', 'table.csv', 'summary.csv', 'runs.csv', 'tuning.csv')

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .core import FolderKind, HiermetricError, atomic_path, choice, workplace
+from .core import FolderKind, HiermetricError, atomic_path, choice, claim_folder
 from .taxonomy import Taxonomy
 from .aam import unit
 from .metrics import _below, _rows, check_targets
@@ -723,10 +723,10 @@ def save(self:Protocol,
     "hits.csv, summary.csv, by_class.csv, report_a.csv, report_b.csv and protocol.png"
     import matplotlib.pyplot as plt
     tables, fig = dict(hits=self.hits.set_index('seed'), summary=self.summary(), by_class=self.by_class(), report_a=self.report('a'), report_b=self.report('b')), self.plot()
-    with workplace(folder, [['protocol.png', 'hits.csv']], ['protocol.png', *(f'{o}.csv' for o in tables)]) as at:
-        for name, d in tables.items():
-            with atomic_path(at/f'{name}.csv') as tmp: d.to_csv(tmp)
-        with atomic_path(at/'protocol.png') as tmp: fig.savefig(tmp, format='png', dpi=120)
+    at = claim_folder(folder, [['protocol.png', 'hits.csv']], ['protocol.png', *(f'{o}.csv' for o in tables)])
+    for name, d in tables.items():
+        with atomic_path(at/f'{name}.csv') as tmp: d.to_csv(tmp)
+    with atomic_path(at/'protocol.png') as tmp: fig.savefig(tmp, format='png', dpi=120)
     plt.close(fig)
     return Path(folder)
 
