@@ -19,7 +19,7 @@ from . import core
 from .core import HiermetricError, Registry, atomic_path, cache_dir, choice
 from .taxonomy import Taxonomy
 from .datasets import ImageTable
-from .backbones import Transform
+from .backbones import Transform, _opened, _regular, _unreadable, _upright_size
 from .features import Features, _bar, _batches, _size
 from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
 from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
@@ -213,13 +213,11 @@ def image_size(
     "How large the original is; of a file only the head is read"
     from PIL import Image
     if isinstance(image, Tensor): return image.shape[-1], image.shape[-2]
-    if str(image).endswith('.npy'): image = np.load(image, mmap_mode='r')   # many bands
-    if isinstance(image, np.ndarray): return image.shape[1], image.shape[0]
     try:
-        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as im:
-            turned = im.format in ('JPEG', 'TIFF', 'WEBP', 'MPO') and im.getexif().get(0x0112, 1) >= 5
-            return im.size[::-1] if turned else im.size
-    except (OSError, SyntaxError) as e: raise HiermetricError(f"Cannot read the image {image}: {e}") from e
+        if str(image).endswith('.npy'): image = np.load(_regular(image), mmap_mode='r', allow_pickle=False)   # many bands
+        if isinstance(image, np.ndarray): return image.shape[1], image.shape[0]
+        with nullcontext((image, None)) if isinstance(image, Image.Image) else _opened(image) as (im, file): return _upright_size(im, file)
+    except Exception as e: raise _unreadable(image, e) from e
 
 # %% ../nbs/14_training.ipynb #912e2506
 def decode_split(
