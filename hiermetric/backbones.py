@@ -75,6 +75,7 @@ def _turn(
     orientation:int, # 1 to 8
 )->Tensor: # (…, H, W), or (…, W, H) from 5 on
     "Upright pixels"
+    if orientation == 1: return x
     if orientation >= 5: x = x.mT
     return x.flip({2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])).contiguous()
 
@@ -123,17 +124,18 @@ def _from_pil(
     if packed == 'RGB;16B' and clear is not None: raise HiermetricError("it has 16 bits a colour and one that is transparent; save it with an alpha channel")
     if isinstance(clear, int): clear *= {'L;2': 85, 'L;4': 17}.get(packed, 1)
     im.load()
-    raw = np.asarray(im); signed = tags.get(339, (1,))[0] == 2
+    raw = np.array(im); signed = tags.get(339, (1,))[0] == 2
     if signed and raw.ndim == 2: raw = raw.view(np.int8) if im.mode == 'L' else raw.astype(np.int16) if tags[258][0] == 16 else raw
     if raw.dtype not in (np.uint8, bool): a = _deep(raw, notes, 4095 if tags.get(258) == (12,) else None, tags.get(262) == 0)
-    elif im.mode in ('1', 'L'): a = raw = np.asarray(im.convert('L'))
+    elif im.mode == 'L' or im.mode == 'RGB' and clear is None: a = raw
+    elif im.mode == '1': a = raw = np.array(im.convert('L'))
     elif im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or clear is not None:
         im, clear = im.convert('RGBA'), None
-        a = np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, (*background, 255)), im).convert('RGB'))
-    else: a = np.asarray(im.convert('RGB'))
+        a = np.array(Image.alpha_composite(Image.new('RGBA', im.size, (*background, 255)), im).convert('RGB'))
+    else: a = np.array(im.convert('RGB'))
     if isinstance(clear, int): a = np.where((raw == clear)[..., None], np.uint8(background), a[..., None])
-    a = torch.from_numpy(np.array(a))
-    return _turn(a[None] if a.ndim == 2 else a.permute(2, 0, 1), _orientation(im))
+    a = torch.from_numpy(a)
+    return _turn(a[None] if a.ndim == 2 else a.permute(2, 0, 1).contiguous(), _orientation(im))
 
 # %% ../nbs/03_backbones.ipynb #d5c1e0a4
 def _jpeg(
