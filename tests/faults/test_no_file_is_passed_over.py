@@ -1,5 +1,5 @@
 "Every file in a folder of images is an image of the table, or is named in a note or an error."
-import os, shutil, subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image

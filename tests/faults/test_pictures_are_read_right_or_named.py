@@ -1,7 +1,6 @@
 "Whatever a file holds, `read_image` gives its pixels as an independent reader has them, or one sentence that names it."
 import io, os, re, socket, struct, subprocess, sys, threading, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 import imageio.v3, numpy as np, pytest, tifffile, torch
 from PIL import EpsImagePlugin, Image, ImageOps
 from hiermetric.backbones import PictureWarning, Transform, read_bands, read_image
