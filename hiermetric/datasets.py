@@ -4,12 +4,13 @@
 
 # %% ../nbs/02_datasets.ipynb #cb540aa5
 from __future__ import annotations
-import colorsys, hashlib, importlib.util, math, os, subprocess, sys, unicodedata
+import colorsys, hashlib, math, os, subprocess, sys, unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
@@ -127,7 +128,7 @@ def plot(
 
 # %% ../nbs/02_datasets.ipynb #8a515fea
 _HEIC = {'.heic', '.heif', '.hif'}
-IMAGE_TYPES = {'.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.dib', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm'} | (_HEIC if importlib.util.find_spec('pillow_heif') else set())
+IMAGE_TYPES = {'.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.dib', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm'} | (_HEIC if find_spec('pillow_heif') else set())
 
 def find_images(
     folder:str|Path, # searched with all its subfolders; hidden ones are passed over
