@@ -33,7 +33,7 @@ class _Quiet:
         with self.lock:
             if not self.readers:
                 self.before = warnings.catch_warnings(); self.before.__enter__()
-                warnings.filterwarnings('ignore', module=r'(PIL|torchvision)\.')
+                warnings.filterwarnings('ignore', module=r'(PIL|pillow_heif|torchvision)\b')
             self.readers += 1
     def __exit__(self, *_):
         with self.lock:
@@ -123,7 +123,8 @@ def _from_pil(
     packed = im.tile[0].args if im.format == 'PNG' and im.tile else None
     if packed == 'RGB;16B' and clear is not None: raise HiermetricError("it has 16 bits a colour and one that is transparent; save it with an alpha channel")
     if isinstance(clear, int): clear *= {'L;2': 85, 'L;4': 17}.get(packed, 1)
-    im.load()
+    size, _ = im.size, im.load()
+    if im.size != size: raise HiermetricError(f"its head says {size[0]} × {size[1]} pixels and it holds {im.size[0]} × {im.size[1]}; save it again")
     raw = np.array(im); signed = tags.get(339, (1,))[0] == 2
     if signed and raw.ndim == 2: raw = raw.view(np.int8) if im.mode == 'L' else raw.astype(np.int16) if tags[258][0] == 16 else raw
     if raw.dtype not in (np.uint8, bool): a = _deep(raw, notes, 4095 if tags.get(258) == (12,) else None, tags.get(262) == 0)
