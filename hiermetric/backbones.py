@@ -4,95 +4,222 @@
 
 # %% ../nbs/03_backbones.ipynb #6aff820f
 from __future__ import annotations
-import functools, hashlib, os
-from collections.abc import Callable
-from contextlib import suppress
+import functools, hashlib, importlib.util, os, stat, threading, warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 from .core import HiermetricError, Registry, cache_dir, did_you_mean, download, fingerprint
 try: from torchvision.io import ImageReadMode, decode_image
-except ImportError: decode_image = None   # torchvision 0.29 announces that its decoders will go; then PIL reads everything
+except ImportError: decode_image = None   # torchvision 0.29 announces that its decoders will go; then Pillow reads everything
 
 # %% auto #0
-__all__ = ['WEIGHTS_URL', 'read_image', 'read_bands', 'Transform', 'Backbone', 'load_weights', 'widen_input', 'create_backbone',
-           'list_backbones', 'register_backbone']
+__all__ = ['WEIGHTS_URL', 'PictureWarning', 'read_image', 'read_bands', 'Transform', 'Backbone', 'load_weights', 'widen_input',
+           'create_backbone', 'list_backbones', 'register_backbone']
 
 # %% ../nbs/03_backbones.ipynb #2a272034
-def _plain(
-    data:bytes, # a file's contents
-)->bool: # True where torchvision decodes to the same pixels as PIL
-    "JPEG, or 8-bit PNG without palette, alpha or transparent colour"
-    if data[:3] == b'\xff\xd8\xff': return True
-    return data[:8] == b'\x89PNG\r\n\x1a\n' and data[24:25] == b'\x08' and data[25:26] in (b'\x00', b'\x02') and b'tRNS' not in data[:data.find(b'IDAT')]
+_FORMATS = ['AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP']   # those that need no other program
+
+class _Quiet:
+    "Keeps the decoders' warnings back while any thread reads, since what they tell of ends as an image or an error"
+    def __init__(self): self.lock, self.readers = threading.Lock(), 0
+    def __enter__(self):
+        with self.lock:
+            if not self.readers:
+                self.before = warnings.catch_warnings(); self.before.__enter__()
+                warnings.filterwarnings('ignore', module=r'(PIL|pillow_heif|torchvision)\b')
+            self.readers += 1
+    def __exit__(self, *_):
+        with self.lock:
+            self.readers -= 1
+            if not self.readers: self.before.__exit__(None, None, None)
+
+_quiet = _Quiet()
+
+def _regular(path:str|Path)->str|Path: # `path`
+    "Refuse what may block or never end"
+    kind = os.stat(path).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)): raise HiermetricError("it is a pipe, a socket or a device and no file; copy what comes out of it to a file")
+    return path
+
+@contextmanager
+def _opened(
+    path:str|Path,
+)->Iterator[tuple[Image.Image, Any]]: # a PIL image of which only the head is read, and the open file
+    "The door that all files come in by"
+    with open(_regular(path), 'rb') as file, _quiet:
+        if not (head := file.read(12)): raise HiermetricError("the file is empty")
+        heic = head[4:8] == b'ftyp' and head[8:12] in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')
+        if readable := heic and importlib.util.find_spec('pillow_heif') is not None:
+            import pillow_heif
+            pillow_heif.register_heif_opener()
+        try: im = Image.open(file, formats=[*_FORMATS, *(['HEIF'] if readable else [])])
+        except UnidentifiedImageError as e: raise HiermetricError("it is a HEIC picture; pip install pillow-heif, and it is read" if heic and not readable else f"cannot identify image file; the formats that are read are {', '.join(_FORMATS)} and HEIC") from e
+        with im: yield im, file
+
+# %% ../nbs/03_backbones.ipynb #d5c1e0a2
+def _orientation(im:Image.Image)->int: # 1 to 8; 1 is upright
+    "How the picture is to be turned, as EXIF numbers it; a block that cannot be understood turns nothing"
+    try: o = im.getexif().get(0x112, 1)
+    except Exception: return 1
+    return o if o in range(1, 9) else 1
+
+def _turn(
+    x:Tensor, # (…, H, W)
+    orientation:int, # 1 to 8
+)->Tensor: # (…, H, W), or (…, W, H) from 5 on
+    "Upright pixels"
+    if orientation == 1: return x
+    if orientation >= 5: x = x.mT
+    return x.flip({2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])).contiguous()
+
+def _upright_size(
+    im:Image.Image,
+    file:Any=None, # that it was opened from
+)->tuple[int, int]: # width and height in pixels
+    "Size of what `read_image` gives, without decoding it"
+    if file is not None and im.format == 'PNG':   # Pillow would decode it all to look behind the pixels
+        file.seek(0); whole = file.read(); file.seek(0)
+        if not any(o in whole for o in (b'eXIf', b'Raw profile type', b'xmp')): return im.size
+        im = Image.open(file, formats=['PNG'])
+    return im.size[::-1] if im.format != 'TIFF' and _orientation(im) >= 5 else im.size   # Pillow turns TIFF itself
 
 # %% ../nbs/03_backbones.ipynb #6e9e2054
+_DARK = "uses at most a sixteenth of the range of its type, as 12 bits in 16 do, and comes out as dark; scale its values if they should fill the range"
+_FIRST = "holds several pages or frames, of which the first is read; save the others as files of their own if they count"
+
+def _top(kind:str, bits:int)->int: # white
+    "Largest value of a type: 1 of floating-point numbers, and of 32 bits no more than of 16"
+    return 1 if kind == 'f' else min(65535, 2**(bits - (kind == 'i')) - 1)
+
 def _deep(
-    a:np.ndarray, # (H, W) 16-bit, 32-bit or floating-point values
-)->np.ndarray: # (H, W) uint8
-    "8-bit pixels of a deep greyscale picture, by the range of its type"
+    a:np.ndarray, # (H, W), or with more axes; signed, or more than 8 bits
+    notes:list, # remarks on it are added
+    top:int|None=None, # white; None: by the type
+    inverted:bool=False, # is zero white?
+)->np.ndarray: # same shape, uint8
+    "8-bit pixels of a deep picture, by the range of its type"
+    top = top or _top(a.dtype.kind, 8*a.dtype.itemsize)
     if not np.isfinite(a).all(): raise HiermetricError("it holds NaN or infinite pixels; repair it first")
     lo, hi = a.min(), a.max()
-    top = 1 if a.dtype.kind == 'f' else 65535
     if lo < 0 or hi > top: raise HiermetricError(f"its values run from {lo:g} to {hi:g} and not from 0 to {top}; scale them first")
-    return np.round(a*(255/top)).astype(np.uint8)
+    if top > 255 and 0 < 16*int(hi) <= top: notes.append(_DARK)
+    a = np.round(a*(255/top)).astype(np.uint8)
+    return 255 - a if inverted else a
 
 def _from_pil(
     im:Image.Image, # any mode
-    background:tuple[int,int,int]=(255,255,255), # seen through transparent pixels
+    background:tuple[int,int,int], # seen through transparent pixels
+    notes:list, # remarks on it are added
 )->Tensor: # (1 or 3, H, W) uint8
-    "Pixels of a PIL image: turned upright, flattened, 8 bits deep"
-    im = ImageOps.exif_transpose(im)
-    if im.mode[0] in 'IF': a = _deep(np.asarray(im))
-    elif im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in im.info:
-        im = im.convert('RGBA')
-        a = np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, (*background, 255)), im).convert('RGB'))
-    else: a = np.asarray(im.convert('L' if im.mode in ('1', 'L') else 'RGB'))
-    a = torch.from_numpy(np.array(a))
-    return a[None] if a.ndim == 2 else a.permute(2, 0, 1).contiguous()
+    "Pixels of a PIL image: flattened, 8 bits deep, upright"
+    clear, tags = im.info.get('transparency'), getattr(im, 'tag_v2', {})   # tags of TIFF
+    packed = im.tile[0].args if im.format == 'PNG' and im.tile else None
+    if packed == 'RGB;16B' and clear is not None: raise HiermetricError("it has 16 bits a colour and one that is transparent; save it with an alpha channel")
+    if isinstance(clear, int): clear *= {'L;2': 85, 'L;4': 17}.get(packed, 1)
+    size, _ = im.size, im.load()
+    if im.size != size: raise HiermetricError(f"its head says {size[0]} × {size[1]} pixels and it holds {im.size[0]} × {im.size[1]}; save it again")
+    raw = np.array(im); signed = tags.get(339, (1,))[0] == 2
+    if signed and raw.ndim == 2: raw = raw.view(np.int8) if im.mode == 'L' else raw.astype(np.int16) if tags[258][0] == 16 else raw
+    if raw.dtype not in (np.uint8, bool): a = _deep(raw, notes, 4095 if tags.get(258) == (12,) else None, tags.get(262) == 0)
+    elif im.mode == 'L' or im.mode == 'RGB' and clear is None: a = raw
+    elif im.mode == '1': a = raw = np.array(im.convert('L'))
+    elif im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or clear is not None:
+        im, clear = im.convert('RGBA'), None
+        a = np.array(Image.alpha_composite(Image.new('RGBA', im.size, (*background, 255)), im).convert('RGB'))
+    else: a = np.array(im.convert('RGB'))
+    if isinstance(clear, int): a = np.where((raw == clear)[..., None], np.uint8(background), a[..., None])
+    a = torch.from_numpy(a)
+    return _turn(a[None] if a.ndim == 2 else a.permute(2, 0, 1).contiguous(), _orientation(im))
+
+# %% ../nbs/03_backbones.ipynb #d5c1e0a4
+def _jpeg(
+    im:Image.Image, # of which the head is read
+    file:Any, # that it was opened from
+)->Tensor|None: # (1 or 3, H, W) uint8; None where Pillow is to read it
+    "Pixels by torchvision, where they are the same"
+    if decode_image is None or im.format not in ('JPEG', 'MPO') or im.mode not in ('L', 'RGB'): return None
+    file.seek(0)
+    with suppress(RuntimeError):   # Pillow may still read it, and says more clearly why not
+        return _turn(decode_image(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8), ImageReadMode.UNCHANGED), _orientation(im))
+
+def _unreadable(
+    image:Any, # what was to be read
+    e:Exception, # what came of it
+)->HiermetricError:
+    "One sentence: which, why, and what to do"
+    what = image if isinstance(image, (str, Path)) else f"{type(image).__name__} {getattr(image, 'shape', getattr(image, 'size', ''))}"
+    why = (str(e) or type(e).__name__).splitlines()[0]
+    if isinstance(e, Image.DecompressionBombError): why = f"it has more than {2*Image.MAX_IMAGE_PIXELS:,} pixels, and small files can fill the memory that way; scale it down, or, if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, which is half the limit"
+    return HiermetricError(f"Cannot read the image {what}: {why}")
 
 # %% ../nbs/03_backbones.ipynb #0f241a12
+class PictureWarning(UserWarning):
+    "A picture is read, and its owner should know something about it"
+
+def _tell(notes:list[tuple[Any, str]])->None: # image and remark
+    "A warning for each kind of remark, with the first images"
+    for remark in dict.fromkeys(o for _,o in notes):
+        of = [str(i) if isinstance(i, (str, Path)) else 'in memory' for i,o in notes if o == remark]
+        warnings.warn(f"The picture {of[0]} {remark}." if len(of) == 1 else f"Each of {len(of):,} pictures ({', '.join(of[:3])}{', …' if len(of) > 3 else ''}) {remark}.", PictureWarning, stacklevel=3)
+
 def read_image(
-    image:str|Path|Image.Image|np.ndarray|Tensor, # a file, a PIL image, or uint8 pixels: (H, W), (H, W, C) array or (C, H, W) tensor
+    image:str|Path|Image.Image|np.ndarray|Tensor, # a file, a PIL image, or pixels: (H, W) or uint8 (H, W, C) array, or uint8 (C, H, W) tensor
     background:tuple[int,int,int]=(255,255,255), # seen through transparent pixels
+    notes:list|None=None, # gets (image, remark) of what the owner should know; None: that is a `PictureWarning`
 )->Tensor: # (1, H, W) where grey, else (3, H, W), uint8
     "Pixels of any picture; raises `HiermetricError` that names the file and what is wrong with it"
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape: raise HiermetricError(f"Pixels must be uint8 of shape (1 or 3, H, W), not {image.dtype} {tuple(image.shape)}.")
         return image
+    said = []
     try:
-        if isinstance(image, np.ndarray): return _from_pil(Image.fromarray(image), background)
-        if isinstance(image, Image.Image): return _from_pil(image, background)
-        data = np.fromfile(image, np.uint8)
-        if not len(data): raise HiermetricError("the file is empty")
-        if decode_image and _plain(data.tobytes()):
-            with suppress(RuntimeError):   # PIL may still read it, and says more clearly why not
-                x = decode_image(torch.from_numpy(data), ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-                if x.shape[0] in (1, 3): return x
-        with Image.open(image) as im: return _from_pil(im, background)
-    except Exception as e:
-        what = image if isinstance(image, (str, Path)) else f"{type(image).__name__} {getattr(image, 'shape', getattr(image, 'size', ''))}"
-        raise HiermetricError(f"Cannot read the image {what}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+        if isinstance(image, np.ndarray) and image.ndim == 2 and image.dtype.kind in 'iuf' and image.dtype != np.uint8: x = torch.from_numpy(_deep(image, said))[None]
+        elif isinstance(image, np.ndarray): x = _from_pil(Image.fromarray(image), background, said)
+        elif isinstance(image, Image.Image):
+            with _quiet: x = _from_pil(image, background, said)
+        else:
+            with _opened(image) as (im, file):
+                x = _jpeg(im, file)
+                if x is None:
+                    with suppress(Exception):   # what comes after the first picture may be damaged
+                        if getattr(im, 'n_frames', 1) > 1: said.append(_FIRST)
+                    x = _from_pil(im, background, said)
+    except Exception as e: raise _unreadable(image, e) from e
+    said = [(image, o) for o in said]
+    if notes is None: _tell(said)
+    else: notes += said
+    return x
 
 # %% ../nbs/03_backbones.ipynb #2ead3208
 def read_bands(
     image:str|Path|np.ndarray|Tensor, # a .npy file, an (H, W, C) array, or a (C, H, W) uint8 tensor
     channels:int, # C that is wanted
+    notes:list|None=None, # as for `read_image`
 )->Tensor: # (C, H, W) uint8
     "Pixels of a picture with any number of bands; raises `HiermetricError` that names the file and what is wrong with it"
+    said, whole = [], image
     if not isinstance(image, Tensor):
-        try: a = np.load(image, allow_pickle=False) if isinstance(image, (str, Path)) else np.asarray(image)
+        try: a = _array(image) if isinstance(image, (str, Path)) else np.asarray(image)
         except Exception as e: raise HiermetricError(f"Cannot read the bands of {image}: {(str(e) or type(e).__name__).splitlines()[0]}. A picture with {channels} bands is an (H, W, {channels}) array in a .npy file.") from e
-        try: a = a if a.dtype == np.uint8 else _deep(a)
+        try: a = a if a.dtype == np.uint8 else _deep(a, said)
         except (HiermetricError, TypeError, ValueError) as e: raise HiermetricError(f"Cannot use the bands of {image if isinstance(image, (str, Path)) else 'an array'}: {e}.") from e
         image = torch.from_numpy(np.array(np.moveaxis(a, -1, 0))) if a.ndim == 3 else torch.from_numpy(np.array(a))
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels or 0 in image.shape: raise HiermetricError(f"A picture with {channels} bands is (H, W, {channels}), or uint8 of shape ({channels}, H, W) as a tensor, not {tuple(image.shape)} of {image.dtype}.")
+    said = [(whole, o) for o in said]
+    if notes is None: _tell(said)
+    else: notes += said
     return image
+
+def _array(path:str|Path)->np.ndarray:
+    "The array in a .npy file, of which nothing is unpickled"
+    with open(_regular(path), 'rb') as f: return np.lib.format.read_array(f, allow_pickle=False)
 
 # %% ../nbs/03_backbones.ipynb #a6360ecf
 @dataclass(frozen=True)
@@ -127,9 +254,10 @@ class Transform:
 
     def pixels(self,
         image:Any, # whatever `read_image` takes
+        notes:list|None=None, # as for `read_image`
     )->Tensor: # (3, S, S) uint8; (C, S, S) of a picture with C bands
         "Read and make square; what batches are made of, since it is a quarter of the bytes of `__call__`"
-        x = read_image(image, (None if self.fill is None else self.colour) or (255,)*3) if self.channels == 3 else read_bands(image, self.channels)
+        x = read_image(image, (None if self.fill is None else self.colour) or (255,)*3, notes) if self.channels == 3 else read_bands(image, self.channels, notes)
         return {'crop': self._crop, 'pad': self._pad, 'stretch': self._resize}[self.fit](x).expand(self.channels, -1, -1)
 
     def normalize(self,

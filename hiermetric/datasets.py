@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
@@ -126,25 +127,29 @@ def plot(
     return fig
 
 # %% ../nbs/02_datasets.ipynb #8a515fea
-IMAGE_TYPES = {'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm'}
+_HEIC = {'.heic', '.heif', '.hif'}
+IMAGE_TYPES = {'.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.dib', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm'} | (_HEIC if find_spec('pillow_heif') else set())
 
 def find_images(
     folder:str|Path, # searched with all its subfolders; hidden ones are passed over
-)->tuple[pd.DataFrame,list[str]]: # `path` and `folder` (relative, with /) of each image, sorted; other files, relative
+)->tuple[pd.DataFrame,list[str]]: # `path` and `folder` (relative, with /) of each image, sorted; other files and hidden images, relative
     "All images below a folder, in an order that does not depend on the machine"
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir(): raise HiermetricError(f"There is no folder {folder}.{_nearby(folder)}")
     def stop(e): raise HiermetricError(f"The folder {e.filename} cannot be read ({e.strerror}); make it readable or move it away.") from e
-    found, other, seen = [], [], set()
+    found, other, seen = [], [], {}
     for here, dirs, files in os.walk(folder, followlinks=True, onerror=stop):
-        if (real := os.path.realpath(here)) in seen: dirs.clear(); continue   # a link that leads back
-        seen.add(real)
-        dirs[:] = [o for o in dirs if not o.startswith('.') and o != '__MACOSX']
+        if (real := os.path.realpath(here)) in seen:
+            dirs.clear()
+            if real in {os.path.realpath(o) for o in Path(here).parents}: continue   # a link that leads back
+            raise HiermetricError(f"{seen[real]} and {here} are one folder, by a link, and its images would count twice; take one of the two out of {folder}.")
+        seen[real] = here
+        dirs[:] = sorted(o for o in dirs if not o.startswith('.') and o != '__MACOSX')
         rel = Path(here).relative_to(folder).as_posix()
         for o in files:
-            if o.startswith('.'): continue
-            if os.path.splitext(o)[1].lower() in IMAGE_TYPES: found.append((rel, o))
-            else: other.append(o if rel == '.' else f'{rel}/{o}')
+            image, hidden = os.path.splitext(o)[1].lower() in IMAGE_TYPES, o.startswith('.')
+            if image and not hidden: found.append((rel, o))
+            elif not hidden or image and not o.startswith('._'): other.append(o if rel == '.' else f'{rel}/{o}')   # ._x.jpg is macOS's, and no image
     found.sort()
     return pd.DataFrame({'path': [str(folder/r/o) for r,o in found], 'folder': [r for r,_ in found]}, dtype=str), sorted(other)
 
@@ -202,6 +207,22 @@ def _note(items:Iterable[str], one:str, many:str, most:int=20)->tuple[str,...]:
     if not items: return ()
     return (f"{len(items):,} {one if len(items) == 1 else many} ({', '.join(items[:most])}{', …' if len(items) > most else ''})",)
 
+# %% ../nbs/02_datasets.ipynb #d5c1d0a1
+_PICTURES = _HEIC | set('.avif .jxl .jp2 .j2k .jpf .jpx .psd .svg .eps .tga .ico .icns .pcx .exr .hdr .dds .dng .cr2 .cr3 .crw .nef .nrw .arw .orf .raf .rw2 .pef .srw .raw .dcm .nii .czi .lif .lsm .nd2 .oib .oif .vsi .svs .ndpi .fits'.split())
+
+def _left_out(
+    other:Iterable[str], # files that are not taken, relative
+)->tuple[str,...]:
+    "Notes on them: what is no image, pictures of kinds that are not read, what nobody can tell, and hidden images"
+    kind = {o: os.path.splitext(o)[1].lower() for o in other}
+    hidden, unread, bare = ([o for o, k in kind.items() if which(k)] for which in (IMAGE_TYPES.__contains__, (_PICTURES - IMAGE_TYPES).__contains__, ''.__eq__))
+    kinds = {kind[o] for o in unread}; heic, rest = sorted(kinds & _HEIC), sorted(kinds - _HEIC)
+    helps = [f"pip install pillow-heif to read {' and '.join(heic)}" if heic else '', f"save {', '.join(rest)} as PNG or TIFF" if rest else '']
+    return (*_note((o for o in kind if o not in {*hidden, *unread, *bare}), 'file that is no image was left out', 'files that are no images were left out'),
+        *(f"{o}: {' and '.join(filter(None, helps))}" for o in _note(unread, 'picture of a kind that is not read was left out', 'pictures of kinds that are not read were left out')),
+        *(f"{o}: give it one such as .jpg where it is an image" for o in _note(bare, 'file without a suffix was left out', 'files without a suffix were left out')),
+        *(f"{o}: rename what should count" for o in _note(hidden, 'hidden image was left out', 'hidden images were left out')))
+
 # %% ../nbs/02_datasets.ipynb #6d60f3c5
 def folder_dataset(
     folder:str|Path, # folder of class folders
@@ -212,15 +233,15 @@ def folder_dataset(
     "Read a folder of class folders"
     folder = Path(folder).expanduser().resolve()
     found, other = find_images(folder)
-    if not len(found): raise HiermetricError(f"There is no image in {folder}: it should hold one folder a class, with {', '.join(sorted(IMAGE_TYPES))} files in it.")
+    left_out = _left_out(o for o in other if o != 'taxonomy.csv')
+    if not len(found): raise HiermetricError(f"There is no image in {folder}: it should hold one folder a class, with {', '.join(sorted(IMAGE_TYPES))} files in it.{''.join(f' {o}.' for o in left_out)}")
     if taxonomy is None and (folder/'taxonomy.csv').is_file(): taxonomy = folder/'taxonomy.csv'
     loose = found['folder'] == '.'
     if loose.all(): raise HiermetricError(f"The images in {folder} lie beside each other; put them into one folder a class.")
     d = split_folders(found[~loose].reset_index(drop=True))
     tax = Taxonomy.from_paths(sorted(set(d['folder']))) if taxonomy is None else read_taxonomy(taxonomy)
     d['class'] = pd.concat([_class_of(o['folder'], tax) for _,o in d.groupby('split')])
-    other = [o for o in other if o != 'taxonomy.csv']
-    notes = _note(other, 'file that is no image was left out', 'files that are no images were left out') + _note((Path(o).name for o in found['path'][loose]), 'image outside any class folder was left out', 'images outside any class folder were left out')
+    notes = left_out + _note((Path(o).name for o in found['path'][loose]), 'image outside any class folder was left out', 'images outside any class folder were left out')
     return ImageTable(d[['path', 'class', 'split']], tax, name or folder.name, folder, fill, notes)
 
 # %% ../nbs/02_datasets.ipynb #7935de3d

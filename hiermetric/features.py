@@ -4,18 +4,18 @@
 
 # %% ../nbs/04_features.ipynb #d94f2ff9
 from __future__ import annotations
-import copy, importlib.util, itertools, json, os, platform, shutil, time
+import copy, hashlib, importlib.util, itertools, json, os, platform, shutil, stat, time, zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .backbones import Backbone, Transform, create_backbone
+from .backbones import Backbone, Transform, _tell, create_backbone
 from . import core
 from .core import FolderKind, HiermetricError, Registry, atomic_path, cache_dir, did_you_mean
 from .datasets import SPLITS, ImageTable
@@ -207,8 +207,8 @@ def choose_engine(
     return 'openvino' if importlib.util.find_spec('openvino') else 'folded'
 
 # %% ../nbs/04_features.ipynb #3d60416a
-def _decode(path:str, transform:Transform)->tuple[Tensor, str]: # (3, S, S) uint8, and what was wrong or ''
-    try: return transform.pixels(path), ''
+def _decode(path:str, transform:Transform, notes:list|None=None)->tuple[Tensor, str]: # (3, S, S) uint8, and what was wrong or ''
+    try: return transform.pixels(path, [] if notes is None else notes), ''
     except HiermetricError as e: return torch.zeros(3, transform.size, transform.size, dtype=torch.uint8), str(e)
 
 def _batches(
@@ -216,12 +216,14 @@ def _batches(
     transform:Transform,
     batch_size:int,
     workers:int, # threads
+    notes:list|None=None, # remarks on pictures, see `read_image`; None: they are said at the end
 )->Iterator[tuple[Tensor, list[str]]]: # (B, 3, S, S) uint8, and for each image what was wrong or ''
     "Batches in order, read ahead by a few"
+    said = [] if notes is None else notes
     with ThreadPoolExecutor(workers) as pool:
         ahead, todo = deque(), iter(paths)
         def more()->None:
-            if some := list(itertools.islice(todo, batch_size)): ahead.append([pool.submit(_decode, p, transform) for p in some])
+            if some := list(itertools.islice(todo, batch_size)): ahead.append([pool.submit(_decode, p, transform, said) for p in some])
         try:
             for _ in range(4): more()
             while ahead:
@@ -231,15 +233,59 @@ def _batches(
         finally:
             for batch in ahead:
                 for o in batch: o.cancel()
+    if notes is None: _tell(said)
+
+# %% ../nbs/04_features.ipynb #d5c1f0a2
+def _stamp(path:str)->tuple[int, int, int]: # size in bytes, times of change (of contents, of anything) in ns; −1 where there is no file
+    try: o = os.stat(path)
+    except OSError: return -1, -1, -1
+    return (o.st_size, o.st_mtime_ns, o.st_ctime_ns) if stat.S_ISREG(o.st_mode) else (-1, -1, -1)
+
+def _digest(path:str)->bytes: # 16; zeros of what cannot be read
+    try:
+        if _stamp(path)[0] < 0: return bytes(16)
+        with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').digest()[:16]
+    except OSError: return bytes(16)
+
+class _Contents:
+    "What was in files when they were looked at"
+    def __init__(self,
+        paths:Sequence[str], # (n,)
+        folder:Path, # where it is noted what was seen
+        name:str, # of the data set
+    ):
+        now, note = time.time_ns(), folder/f'{name}-{core.fingerprint(list(paths))}.contents.npz'
+        self.paths, self.stamps = paths, np.array([_stamp(p) for p in paths], np.int64).reshape(-1, 3) # (n, 3)
+        try:
+            with np.load(note) as o: before, self.digests = o['stamps'], o['digests']
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): before, self.digests = np.full_like(self.stamps, -2), np.zeros((len(paths), 16), np.uint8) # (n, 16)
+        new = np.flatnonzero((self.stamps != before).any(1))
+        if not len(new): return
+        with ThreadPoolExecutor() as pool:
+            for i, o in zip(new, pool.map(_digest, [paths[i] for i in new])): self.digests[i] = np.frombuffer(o, np.uint8)
+        young = self.stamps[:, 1:].max(1) > now - 2*10**9
+        with suppress(OSError):   # a read-only disk: they are read again
+            with atomic_path(note) as tmp, tmp.open('wb') as f: np.savez(f, stamps=np.where(young[:, None], -2, self.stamps), digests=self.digests)
+
+    def check(self, rows:Iterable[int])->None:
+        "Raise where files have changed since"
+        bad = [self.paths[i] for i in rows if _stamp(self.paths[i]) != tuple(self.stamps[i]) and _digest(self.paths[i]) != self.digests[i].tobytes()]
+        if bad: raise HiermetricError(f"{bad[0]}{f' (and {len(bad)-1} more)' if len(bad) > 1 else ''} was changed while it was being used; run again when the images are at rest.")
 
 # %% ../nbs/04_features.ipynb #cf67a538
-def _key(table:ImageTable, backbone:Backbone, engine:str)->str: # 16 hexadecimal digits
+def _key(table:ImageTable, contents:_Contents, backbone:Backbone, engine:str)->str: # 16 hexadecimal digits
     "What the features depend on"
-    return core.fingerprint(1, table.fingerprint, [_size(p) for p in table.samples['path']], backbone.fingerprint, engine)   # 1: the layout below
+    return core.fingerprint(2, table.fingerprint, contents.digests.tobytes(), backbone.fingerprint, engine)   # 2: the layout below, and how pictures are read
 
-def _size(path:str)->int: # bytes; −1 where there is no such file
-    try: return os.stat(path).st_size
-    except OSError: return -1
+@contextmanager
+def _locked(folder:Path)->Iterator[None]:
+    "For one process at a time to write `folder`"
+    from filelock import FileLock
+    lock = FileLock(f'{folder}.lock')
+    try: folder.parent.mkdir(parents=True, exist_ok=True); lock.acquire()
+    except OSError as e: raise HiermetricError(f"{folder} is not complete and cannot be written ({e}); make it writable, or name another folder with cache=….") from e
+    try: yield
+    finally: lock.release()
 
 def _record(folder:Path)->dict: # rows done, and unreadable files as row → reason
     p = folder/'progress.json'
@@ -273,7 +319,7 @@ def _fill(
     x:np.memmap, # (n, F) float16
     record:dict, # of `_record`; brought up to date
     folder:Path,
-    paths:Sequence[str], # (n,)
+    contents:_Contents, # of n files
     again:Sequence[int], # rows whose file could not be read before and can be now
     backbone:Backbone,
     run:Callable, # an engine
@@ -281,10 +327,10 @@ def _fill(
     advance:Callable,
 )->None:
     "Compute the rows that are missing, and those of `again`; keep a record after every block"
-    start, before, rows = time.perf_counter(), record['seconds'], np.arange(record['done'], len(paths))
-    faults = deque()
+    start, before, rows = time.perf_counter(), record['seconds'], np.arange(record['done'], len(x))
+    faults, notes, paths = deque(), [], contents.paths
     def feed(chunk:np.ndarray)->Iterator[Tensor]:
-        for batch, wrong in _batches([paths[i] for i in chunk], backbone.transform, batch_size, workers):
+        for batch, wrong in _batches([paths[i] for i in chunk], backbone.transform, batch_size, workers, notes):
             faults.append(wrong); yield batch
     for chunk in filter(len, [np.asarray(again, dtype=int), *np.split(rows, range(block, len(rows), block))]):
         at = 0
@@ -295,9 +341,11 @@ def _fill(
                 else: record['bad'].pop(str(i), None)
             if not np.isfinite(z).all(): raise HiermetricError(f"The backbone {backbone.name!r} makes NaN or infinite features of {paths[part[np.flatnonzero(~np.isfinite(z).all(1))[0]]]}; try engine='eager', or another backbone.")
             x[part] = z; advance(len(part))
+        contents.check(chunk)
         x.flush()
         record |= {'done': max(record['done'], int(chunk[-1]) + 1), 'seconds': before + time.perf_counter() - start}
         with atomic_path(folder/'progress.json') as tmp: tmp.write_text(json.dumps(record), encoding='utf-8')
+    _tell(notes)
 
 # %% ../nbs/04_features.ipynb #1aeee550
 def extract(
@@ -314,22 +362,26 @@ def extract(
     progress:bool=True, # a bar on the terminal
 )->Features: # memory-mapped
     "Features of all images: from the cache where they are, else computed and kept; raises `HiermetricError` that lists unreadable files"
-    from filelock import FileLock
     if not len(table): raise HiermetricError(f"The data set {table.name!r} has no images.")
     if not isinstance(backbone, Backbone): backbone = create_backbone(backbone, size=size, fit='pad', fill=table.fill)
     elif size not in (None, backbone.size): raise HiermetricError(f"The backbone was made for {backbone.size} px, not {size}; make it with create_backbone(…, size={size}).")
     engine, cores = choose_engine(engine), os.cpu_count() or 1
-    paths, key = table.samples['path'].tolist(), _key(table, backbone, engine)
-    folder = Path(cache or cache_dir()/'features')/f'{Path(table.name).name}-{key}'
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{folder}.lock'):
+    paths, name, where = table.samples['path'].tolist(), Path(table.name).name, Path(cache or cache_dir()/'features')
+    contents = _Contents(paths, where, name)
+    key = _key(table, contents, backbone, engine); folder = where/f'{name}-{key}'
+    def look()->tuple[dict, list[int], bool]: # record, rows that can be read by now, is anything to be done?
         record = _record(folder)
         again = [i for i in map(int, record['bad']) if not _decode(paths[i], backbone.transform)[1]]
-        if again or record['done'] < len(paths) or not (folder/'x.npy').exists():
-            x = _place(folder, len(paths), backbone.dim); record = _record(folder)
-            with _bar(progress, table.name, len(paths), record['done'] - len(again)) as advance, _threads(1 if engine == 'openvino' else None):
-                _fill(x, record, folder, paths, again, backbone, _engines[engine](backbone), batch_size or (256 if engine == 'cuda' else 8), workers or min(cores, 16), block, advance)
-            del x
+        return record, again, bool(again) or record['done'] < len(paths) or not (folder/'x.npy').exists()
+    record, again, todo = look()
+    if todo:
+        with _locked(folder):
+            record, again, todo = look()   # somebody else may have done it
+            if todo:
+                x = _place(folder, len(paths), backbone.dim); record = _record(folder)
+                with _bar(progress, table.name, len(paths), record['done'] - len(again)) as advance, _threads(1 if engine == 'openvino' else None):
+                    _fill(x, record, folder, contents, again, backbone, _engines[engine](backbone), batch_size or (256 if engine == 'cuda' else 8), workers or min(cores, 16), block, advance)
+                del x
     bad = {int(i): w for i, w in record['bad'].items()}
     if bad and (not skip_bad or len(bad) == len(paths)): raise HiermetricError(_bad_list(table, bad, folder))
     meta = dict(dataset=table.name, table=table.fingerprint, backbone=backbone.name, backbone_fingerprint=backbone.fingerprint, size=backbone.size, fit=backbone.transform.fit, fill=backbone.transform.fill,
@@ -350,9 +402,13 @@ def _threads(n:int|None)->Iterator[None]: # None changes nothing
 def _bad_list(table:ImageTable, bad:dict[int,str], folder:Path)->str:
     "One message for all files that could not be read; the whole list goes beside the features"
     lines = [bad[i] for i in sorted(bad)]
-    with atomic_path(p := folder.with_suffix('.unreadable.txt')) as tmp: tmp.write_text('\n'.join(lines)+'\n', encoding='utf-8')
+    p = Path(f'{folder}.unreadable.txt')
+    try:
+        with atomic_path(p) as tmp: tmp.write_text('\n'.join(lines)+'\n', encoding='utf-8')
+        kept = f'; the list is in {p}'
+    except OSError: kept = ''   # a read-only disk
     first = '; '.join(lines[:3]) + (f'; and {len(lines)-3} more' if len(lines) > 3 else '')
-    return f"{len(lines)} of the {len(table):,} images of {table.name!r} cannot be read: {first}. Repair or remove them, or leave them out with skip_bad=True (--skip-bad); the list is in {p}."
+    return f"{len(lines)} of the {len(table):,} images of {table.name!r} cannot be read: {first}. Repair or remove them, or leave them out with skip_bad=True (--skip-bad){kept}."
 
 def _versions(engine:str)->dict[str,str]:
     from importlib.metadata import version

@@ -67,9 +67,9 @@ def _json(x:Any)->str: return json.dumps(x, allow_nan=False).replace('<', '\\u00
 
 def _thumbnail(path:str|Path, side:int=140)->str: # a data: address
     from PIL import Image
-    try:
-        with Image.open(path) as im: im = im.convert('RGB'); im.thumbnail((side, side)); out = io.BytesIO(); im.save(out, 'JPEG', quality=80)
-    except OSError as e: raise HiermetricError(f"The example image {path} cannot be read: {e}.") from e
+    from hiermetric.backbones import read_image
+    im, out = Image.fromarray(read_image(path, notes=[]).expand(3, -1, -1).permute(1, 2, 0).numpy()), io.BytesIO()
+    im.thumbnail((side, side)); im.save(out, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
 
 # %% ../nbs/11_slider.ipynb #d5480a43

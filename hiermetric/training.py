@@ -19,8 +19,8 @@ from . import core
 from .core import HiermetricError, Registry, atomic_path, cache_dir, choice, settle, workplace
 from .taxonomy import Taxonomy
 from .datasets import ImageTable
-from .backbones import Transform
-from .features import Features, _bar, _batches, _size
+from .backbones import Transform, _opened, _regular, _unreadable, _upright_size
+from .features import Features, _Contents, _bar, _batches, _locked
 from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
 from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
@@ -213,13 +213,11 @@ def image_size(
     "How large the original is; of a file only the head is read"
     from PIL import Image
     if isinstance(image, Tensor): return image.shape[-1], image.shape[-2]
-    if str(image).endswith('.npy'): image = np.load(image, mmap_mode='r')   # many bands
-    if isinstance(image, np.ndarray): return image.shape[1], image.shape[0]
     try:
-        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as im:
-            turned = im.format in ('JPEG', 'TIFF', 'WEBP', 'MPO') and im.getexif().get(0x0112, 1) >= 5
-            return im.size[::-1] if turned else im.size
-    except (OSError, SyntaxError) as e: raise HiermetricError(f"Cannot read the image {image}: {e}") from e
+        if str(image).endswith('.npy'): image = np.load(_regular(image), mmap_mode='r', allow_pickle=False)   # many bands
+        if isinstance(image, np.ndarray): return image.shape[1], image.shape[0]
+        with nullcontext((image, None)) if isinstance(image, Image.Image) else _opened(image) as (im, file): return _upright_size(im, file)
+    except Exception as e: raise _unreadable(image, e) from e
 
 # %% ../nbs/14_training.ipynb #912e2506
 def decode_split(
@@ -232,19 +230,21 @@ def decode_split(
     progress:bool=False,
 )->Path|None: # folder with x.npy (n, C, S, S) uint8, C = 3 for pictures, sizes.npy (n, 2) int32 and meta.json; None: no room on the disk
     "Pixels of a split, decoded once; raises `HiermetricError` that lists unreadable files"
-    from filelock import FileLock
     import shutil
     rows = table.samples[table.samples['split'] == split]
     paths, shape = rows['path'].tolist(), (len(rows), transform.channels, transform.size, transform.size)
-    where = Path(cache or cache_dir()/'pixels'); where.mkdir(parents=True, exist_ok=True)
-    key = core.fingerprint(1, table.fingerprint, split, [_size(p) for p in paths], transform)   # 1: the layout
-    folder = where/f'{Path(table.name).name}-{split}-{transform.size}-{key}'
-    with FileLock(f'{folder}.lock'):
+    where, name = Path(cache or cache_dir()/'pixels'), Path(table.name).name
+    contents = _Contents(paths, where, f'{name}-{split}')
+    key = core.fingerprint(2, table.fingerprint, split, contents.digests.tobytes(), transform)   # 2: the layout, and how pictures are read
+    folder = where/f'{name}-{split}-{transform.size}-{key}'
+    if folder.exists(): return folder   # which needs no writing
+    with _locked(folder):
         if folder.exists(): return folder
         if 2*math.prod(shape) > shutil.disk_usage(where).free: return None
         with atomic_path(folder) as tmp, _bar(progress, f'{table.name}, {split}', len(paths), 0) as advance:
             tmp.mkdir()
             _decode_into(np.lib.format.open_memmap(tmp/'x.npy', 'w+', np.uint8, shape), paths, transform, workers, advance)
+            contents.check(range(len(paths)))
             np.save(tmp/'sizes.npy', np.array([image_size(p) for p in paths], np.int32).reshape(-1, 2))
             meta = dict(dataset=table.name, table=table.fingerprint, split=split, images=len(paths), transform=repr(transform), key=key, made=time.strftime('%Y-%m-%d %H:%M'), torch=torch.__version__)
             (tmp/'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
