@@ -182,13 +182,22 @@ def opinions(self:Committee,
 def logits(self:Committee, emb:Tensor)->Tensor: return opinion_pool(self.opinions(emb), self.log_weight, self.log_sharpness)
 
 @patch
+def learners(self:Committee)->list[tuple[EmbeddingNet, LeafHead]]:
+    "The members that learn, each with its projection; where all are solved, all"
+    return [(b, h) for b, h in zip(self.blocks, self.heads) if not h.closed] or list(zip(self.blocks, self.heads))
+
+@patch
 def loss(self:Committee,
     emb:Tensor, # (B, F)
     targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
 )->Tensor: # scalar
     "Sum of the losses of the members that learn"
-    learners = [(b, h) for b, h in zip(self.blocks, self.heads) if not h.closed] or list(zip(self.blocks, self.heads))
-    return sum(head.loss(block(emb), targets) for block, head in learners)
+    return sum(head.loss(block(emb), targets) for block, head in self.learners())
+
+@patch
+def sample_weights(self:Committee, targets:Tensor)->Tensor|None:
+    first, *others = (h.sample_weights(targets) for _, h in self.learners())
+    return first if first is not None and all(o is not None and torch.equal(o, first) for o in others) else None   # one mean, if all weigh alike
 
 # %% ../nbs/09_committee.ipynb #c7006988
 @patch

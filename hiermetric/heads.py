@@ -56,6 +56,7 @@ class Head(nn.Module):
     closed: bool = False # solved by `prepare`; one epoch, for its scale, is enough
     epoch: float = 0. # how long training has gone on, in epochs; a trainer sets it, heads with a schedule read it
     rows: Tensor|None = None # (B,) which training images the batch holds; a trainer sets it, heads with a memory read it
+    parts: int = 1 # in how many parts `loss` is shown a batch; a trainer sets it, heads that count along read it
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes, chains and all: what labels and answers are about
@@ -67,6 +68,7 @@ class Head(nn.Module):
     def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
     def node_probs(self, emb:Tensor)->Tensor: raise NotImplementedError
+    def sample_weights(self, targets:Tensor)->Tensor|None: return None   # (B,) what each sample counts in `loss`, which is their weighted mean; None: the loss is no such mean
     def leaf_probs(self, emb:Tensor)->Tensor: return self.node_probs(emb)[:, self.taxonomy.tensor('leaves', emb.device)]
     def represent(self, emb:Tensor)->Tensor: return emb   # (B, D'): what neighbours are looked up by
     def prepare(self, emb:Tensor, targets:Tensor)->None: "Called once before training with all (n, D) embeddings and (n,) node ids of the training split; most heads need nothing"
@@ -141,7 +143,7 @@ def inverse_frequency(
 
 # %% ../nbs/05_heads.ipynb #45d956b5
 class LeafHead(Head):
-    "A head with one logit a leaf; a subclass defines `logits(emb)`, and may define `train_logits(emb, column, under)` or, for a loss of its own, `losses(emb, targets, column, under)`"
+    "A head with one logit a leaf; a subclass defines `logits(emb)`, and may define `train_logits(emb, column, under)` or, for a loss of its own, `losses(emb, targets, column, under)`; one with another `loss` defines `sample_weights`, too"
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves, N nodes
@@ -153,6 +155,8 @@ class LeafHead(Head):
         self.register_buffer('class_weights', w)
 
     def train_logits(self, emb:Tensor, column:Tensor, under:Tensor|None)->Tensor: return self.logits(emb)
+    def sample_weights(self, targets:Tensor)->Tensor|None: return self.weigh(*self.labels(targets))
+    def weigh(self, column:Tensor, under:Tensor|None)->Tensor: return self.class_weights[column] if under is None else (under*self.class_weights).sum(1)/under.sum(1)   # (B,)
 
     def labels(self,
         targets:Tensor, # (B,) node ids
@@ -197,7 +201,7 @@ def loss(self:LeafHead,
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
     targets = targets.long(); column, under = self.labels(targets)
     with torch.autocast(emb.device.type, enabled=False):
-        w = self.class_weights[column] if under is None else (under*self.class_weights).sum(1)/under.sum(1)
+        w = self.weigh(column, under)
         return (w*self.losses(self.full(emb), targets, column, under)).sum()/w.sum().clamp_min(torch.finfo(w.dtype).tiny)
 
 # %% ../nbs/05_heads.ipynb #f14a300e

@@ -487,6 +487,9 @@ def chosen(self:PartialMargin,
     return luck.topk(max(math.ceil(self.share*len(luck)), int((luck == 2).sum()))).indices
 
 @patch
+def sample_weights(self:PartialMargin, targets:Tensor)->Tensor|None: return CombinedMargin.sample_weights(self, targets) if self.share == 1 else None   # the classes of a step are those of its batch
+
+@patch
 def losses(self:PartialMargin,
     emb:Tensor, # (B, D) float32 or better
     targets:Tensor, # (B,) int64 node ids, leaves or not

@@ -59,6 +59,7 @@ class PairLoss(nn.Module):
     "What every loss on pairs is; a subclass defines `between(x, targets, found, rows)`"
     multi_label:bool = False # also takes multi-hot labels, (B, C)
     takes:str = 'any' # miners: 'any', 'plain' (a positive is the same, a negative is different), 'none'
+    alone:bool = False # each image's loss depends on no other image, so that a batch may come in parts
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes
@@ -180,7 +181,7 @@ def supcon(in_features:int, taxonomy:Taxonomy, # D, tree
 # %% ../nbs/13_pairs.ipynb #2558b291
 class ProxyNCA(PairLoss):
     "One learnt point a class, and a softmax over the distances to them, @eq-proxynca"
-    takes = 'none'
+    takes, alone = 'none', True
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves
@@ -755,11 +756,12 @@ class ClassMeans(LeafHead):
     ):
         super().__init__(in_features, taxonomy)
         if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
-        self.distance, self.momentum = distance, momentum
+        self.distance, self.momentum, self.seen = distance, momentum, []
         self.register_buffer('weight', torch.zeros(taxonomy.n_leaves, dim))
         self.register_buffer('count', torch.zeros(taxonomy.n_leaves))
         self.register_buffer('scale', torch.tensor(16. if distance == 'cosine' else 8.))
 
+    def sample_weights(self, targets:Tensor)->Tensor|None: return None
     def on_tree(self, targets:Tensor)->Tensor: return targets if targets.ndim == 2 else super().on_tree(targets)   # rows of labels know no chains
 
 # %% ../nbs/13_pairs.ipynb #c6c71023
@@ -768,7 +770,10 @@ def follow(self:ClassMeans,
     x:Tensor, # (B, D') of `represent`
     targets:Tensor, # (B,) node ids
 )->None:
-    "Move the means of the classes in a batch towards it; the first time, all the way"
+    "Move the means of the classes in a batch towards it, once all its parts are there; the first time, all the way"
+    self.seen.append((x, targets))
+    if len(self.seen) < self.parts: return
+    x, targets = map(torch.cat, zip(*self.seen)); self.seen.clear()
     mean, n = class_means(x, self.on_tree(targets), self.tree)
     step = torch.where(self.count > 0, 1 - self.momentum, 1.)*(n > 0)
     self.weight.lerp_(mean.to(self.weight.dtype), step[:, None]); self.count.add_(n)
@@ -867,3 +872,6 @@ def loss(self:MetricHead,
             targets = self.on_tree(targets)
             found = self.miner(x, targets) if self.miner is not None and len(x) else None
         return self.criterion(emb, targets, found, rows)
+
+@patch
+def sample_weights(self:MetricHead, targets:Tensor)->Tensor|None: return torch.ones(len(targets), device=targets.device) if self.criterion.alone else None

@@ -415,10 +415,9 @@ def ema_update(
 class _Step(nn.Module):
     "The loss as a forward pass, which is what processes that train together can share"
     def __init__(self, model:Model): super().__init__(); self.model = model
-    def forward(self, inputs:tuple, targets:Tensor, parts:list[tuple[float, Tensor]]|None=None)->Tensor:
+    def forward(self, inputs:tuple, labels:list[tuple[float|Tensor, Tensor]])->Tensor: # mixed images have several labels
         emb = self.model.embed(*inputs)
-        if parts is None: return self.model.head.loss(emb, targets)
-        return mixed_loss(lambda t: self.model.head.loss(emb, t), parts)   # mixed images have several labels
+        return mixed_loss(lambda t: self.model.head.loss(emb, t), labels)
 
 # %% ../nbs/14_training.ipynb #327742a6
 class Trainer:
@@ -433,13 +432,15 @@ class Trainer:
         self.settings = cfg = settings
         self.acc, self.train, self.val, self.model = acc, train, val, model.to(acc.device)
         share = acc.num_processes*cfg['accumulate']
-        self.batch = min(cfg['batch_size'], len(train))//share*share
-        if not self.batch or cfg['batch_size'] % share: raise HiermetricError(f"A batch of {cfg['batch_size']} cannot be shared evenly by {acc.num_processes} processes in {cfg['accumulate']} parts; make batch_size a multiple of {share}.")
+        self.batch = min(cfg['batch_size'], len(train))//acc.num_processes*acc.num_processes
+        if self.batch < share or cfg['batch_size'] % share: raise HiermetricError(f"A batch of {cfg['batch_size']} cannot be shared evenly by {acc.num_processes} processes in {cfg['accumulate']} parts; make batch_size a multiple of {share}.")
+        if cfg['accumulate'] > 1 and model.head.sample_weights(torch.as_tensor(train.targets[:1], device=acc.device)) is None: raise HiermetricError(f"accumulate={cfg['accumulate']} shows a batch in parts, and the loss of the head {cfg.get('head', type(model.head).__name__)!r} with these settings looks at a batch as a whole (pairs, triplets, a memory, classes drawn for it). Take accumulate=1 with a batch_size that fits, or a loss that looks at one image at a time: a classifier, or head='metric' with loss='proxy_nca'.")
         self.sample = self._sampler()
         self.steps = len(train)//self.batch if cfg['sampler'] == 'shuffle' else len(self.sample(0))
         self.share = self._schedule()
         groups = parameter_groups(model, cfg['weight_decay'], cfg['layer_decay'])
         self.scales, self.opt = [g['scale'] for g in groups], create_optimizer(cfg['optimizer'], groups, cfg['lr'], cfg['momentum'], acc.device)
+        self.heads = [o for o in model.head.modules() if isinstance(o, Head)]   # its members, too
         self.look('prepare', train)
         self.average = None if cfg['ema'] is None else copy.deepcopy(model, {id(model.taxonomy): model.taxonomy}).requires_grad_(False)
         self.mix = create_mix(cfg['mix'], **cfg['mix_kw'] or {}) if cfg['mix'] else None
@@ -500,36 +501,55 @@ def train_epoch(self:Trainer)->float: # mean training loss
     with _seeded(_draw(cfg['seed'], 1+self.epoch), acc.device):
         rows = self.sample(self.epoch)
         if self.step and self.rng: self._set_rng()
-        mine = rows[self.step:].reshape((self.steps - self.step)*cfg['accumulate'], acc.num_processes, -1)[:, acc.process_index].repeat(1, cfg['views'])
+        mine = rows[self.step:].reshape(self.steps - self.step, acc.num_processes, -1)[:, acc.process_index].repeat(1, cfg['views'])
         batches = zip(mine.to(acc.device), self.train.batches(mine, self.epoch))
         while self.step < self.steps:
             at = self.epoch*self.steps + self.step
             self.lr = cfg['lr']*self.share(at)
             for g, scale in zip(self.opt.param_groups, self.scales): g['lr'] = self.lr*scale
-            self.model.head.epoch = self.epoch + self.step/self.steps
+            self._tell(epoch=self.epoch + self.step/self.steps, parts=cfg['accumulate'])
             if acc.num_processes > 1: torch.manual_seed(_draw(cfg['seed'], 1+self.epoch, 1+self.step, acc.process_index))   # masks of its own
-            for part in range(cfg['accumulate']):
-                self.model.head.rows, batch = next(batches)
-                self._backward(*batch, last=part == cfg['accumulate'] - 1)
+            for k, part in enumerate(self._parts(*next(batches)), 1): self._backward(*part, last=k == cfg['accumulate'])
             if cfg['clip_norm'] is not None: acc.clip_grad_norm_(self.model.parameters(), cfg['clip_norm'])
             self.opt.step(); self.opt.zero_grad()
             if self.average is not None: ema_update(self.average, self.model, cfg['ema'], at)
             self.step += 1
             self.after_step()
-    self.model.head.rows = None
+    self._tell(rows=None, parts=1)
     return self.mean_loss()
 
 @patch
-def _backward(self:Trainer, inputs:tuple, targets:Tensor, last:bool)->None:
+def _tell(self:Trainer, **what)->None:
+    "What a head reads, set on it and on its members"
+    for head in self.heads:
+        for k, v in what.items(): setattr(head, k, v)
+
+@patch
+def _parts(self:Trainer, rows:Tensor, batch:tuple)->Iterator[tuple[Tensor, tuple, list]]: # rows, inputs and (weight, labels), `accumulate` times
+    "A batch, mixed as a whole, in parts that weigh together what it weighs, @eq-parts-of-a-batch"
+    inputs, targets = batch; labels, n = [(1., targets)], self.settings['accumulate']
+    if self.mix is not None:
+        x, labels = self.mix(inputs[0], targets, self.model.taxonomy); inputs = (x, *inputs[1:])
+    shares = [w*self._shares(t) for w, t in labels]
+    for k, (r, *own) in enumerate(zip(*(o.tensor_split(n) for o in (rows, *inputs, *(t for _, t in labels))))):
+        yield r, tuple(own[:len(inputs)]), [(s[k], t) for s, t in zip(shares, own[len(inputs):])]
+
+@patch
+def _shares(self:Trainer, targets:Tensor)->Tensor: # (accumulate,), 1 in sum and on average over the processes
+    "What each part of a batch weighs in all of it, the other processes' shares included"
+    acc, n = self.acc, self.settings['accumulate']
+    if n*acc.num_processes == 1 or (w := self.model.head.sample_weights(targets)) is None: return torch.ones(n, device=targets.device)
+    w = torch.stack([o.sum() for o in w.tensor_split(n)])
+    whole = acc.reduce(w.sum(), 'sum') if acc.num_processes > 1 else w.sum()
+    return acc.num_processes*w/whole.clamp_min(torch.finfo(w.dtype).tiny)
+
+@patch
+def _backward(self:Trainer, rows:Tensor, inputs:tuple, labels:list, last:bool)->None:
     "Gradients of one part of a batch, added to those of the parts before"
-    acc, parts = self.acc, None
-    with nullcontext() if last else acc.no_sync(self.net):
-        if self.mix is not None:
-            x, parts = self.mix(inputs[0], targets, self.model.taxonomy)
-            inputs = (x, *inputs[1:])
-        with acc.autocast(): loss = self.net(inputs, targets, parts)
-        if self.settings['accumulate'] > 1: loss = loss/self.settings['accumulate']
-        acc.backward(loss)
+    self._tell(rows=rows)
+    with nullcontext() if last else self.acc.no_sync(self.net):
+        with self.acc.autocast(): loss = self.net(inputs, labels)
+        self.acc.backward(loss)
     self.total += loss.detach()
 
 @patch
