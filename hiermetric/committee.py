@@ -104,9 +104,9 @@ class KernelRidge(LeafHead):
     def kernel(self,
         x:Tensor, # (B, D) unit vectors
     )->Tensor: # (B, n)
-        return ((F.linear(x, self.weight) - 1)*(2/(self.width*self.spread))).exp_()
+        return ((F.linear(x, self.full(self.weight)) - 1)*(2/(self.width*self.full(self.spread)))).exp_()
 
-    def logits(self, emb:Tensor)->Tensor: return self.log_scale.exp()*F.linear(self.kernel(unit(emb)), self.dual)
+    def logits(self, emb:Tensor)->Tensor: return self.log_scale.exp()*F.linear(self.kernel(unit(emb)), self.full(self.dual))
 
 # %% ../nbs/09_committee.ipynb #58093c28
 @patch
@@ -176,7 +176,7 @@ def opinions(self:Committee,
     emb:Tensor, # (B, F)
 )->Tensor: # (K, B, L)
     "Logits of all members"
-    return torch.stack([head.logits(block(emb)) for block, head in zip(self.blocks, self.heads)])
+    return torch.stack([head.logits(head.full(block(emb))) for block, head in zip(self.blocks, self.heads)])
 
 @patch
 def logits(self:Committee, emb:Tensor)->Tensor: return opinion_pool(self.opinions(emb), self.log_weight, self.log_sharpness)

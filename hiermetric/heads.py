@@ -257,7 +257,7 @@ class EmbeddingNet(nn.Module):
     )->Tensor: # (B, D)
         if x[0:1].numel() != self.in_features*len(x[0:1]): raise HiermetricError(f"Features of shape {tuple(x.shape)} do not fit an embedding of {self.in_features} features.")
         if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; leave an incomplete last batch out.")
-        x = power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power)
+        x = power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power).to(next(self.parameters(), x).dtype)   # the root in float32, the rest as the weights are
         return self.layers(x) if self.short is None else self.layers(x) + F.dropout(self.short(x.flatten(1)), self.dropout, self.training)
 
 # %% ../nbs/05_heads.ipynb #42dddaf1
@@ -354,6 +354,7 @@ class Encoder(nn.Module):
         size:Tensor|None=None, # (B, 2) width and height of the originals; wanted with `size_input`
     )->Tensor: # (B, F) or (B, F+2)
         x = (x.float() - self.mean)/self.std
+        x = x.to(next(self.net.parameters(), x).dtype)
         z = self.net(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
         return self.append_size(z, size)
 

@@ -21,7 +21,7 @@ from .metrics import check_node_probs, check_targets
 from .decisions import Rule, _deepest, _path
 from .paths import root_path
 from .unseen import known_ancestor
-from .pairs import BoostedDeviance, ClassMeans, Decorrelation, MultiLabelSemiHard, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, mean_above_zero, relation
+from .pairs import BoostedDeviance, ClassMeans, Decorrelation, MultiLabelSemiHard, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, in_own_type, mean_above_zero, relation
 from .retrieval import kmeans, neighbours
 
 # %% auto #0
@@ -105,7 +105,7 @@ def split(self:MultiTask,
     emb:Tensor, # (B, F)
 )->list[Tensor]: # (B, D_k) each, unit vectors
     "The parts"
-    return [unit(o) for o in self.project(self.full(emb)).split(self.sizes, 1)]
+    return [unit(o) for o in self.full(self.project(self.full(emb))).split(self.sizes, 1)]
 
 @patch
 def join(self:MultiTask,
@@ -366,7 +366,7 @@ def tasks(self:SNDL,
     x:Tensor, # (B, F) not looked at
 )->Tensor: # scalar
     "@eq-sndl"
-    z, near = self.sharpness*self.classes(parts[0]), self.criterion(parts[0], self.on_tree(targets), None, self.rows)
+    z, near = self.sharpness*in_own_type(self.classes, parts[0]), self.criterion(parts[0], self.on_tree(targets), None, self.rows)
     if targets.ndim == 2: return near + self.ce*F.binary_cross_entropy_with_logits(z, targets.to(z.dtype))
     return near + self.ce*label_nll(z[:, self.tree.tensor('leaves', z.device) - 1], *self.labels(targets)).mean()
 

@@ -21,13 +21,13 @@ from .retrieval import DISTANCES
 
 # %% auto #0
 __all__ = ['GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'check_labels', 'LibraryLoss', 'leaf_labels',
-           'known_pairs', 'triplet', 'contrastive', 'margin', 'first_bound', 'multi_similarity', 'supcon', 'ProxyNCA',
-           'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs', 'distance_weighted',
-           'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet', 'as_triplets',
-           'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets', 'nearest_at',
-           'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'Decorrelation', 'NeighbourNCA',
-           'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard', 'create_loss',
-           'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
+           'known_pairs', 'triplet', 'contrastive', 'LearntBounds', 'margin', 'first_bound', 'multi_similarity',
+           'supcon', 'ProxyNCA', 'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs',
+           'distance_weighted', 'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet',
+           'as_triplets', 'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets',
+           'nearest_at', 'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'in_own_type', 'Decorrelation',
+           'NeighbourNCA', 'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard',
+           'create_loss', 'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
 
 # %% ../nbs/13_pairs.ipynb #25e35739
 def relation(
@@ -150,6 +150,16 @@ def contrastive(in_features:int, taxonomy:Taxonomy, # D, tree
     "max(0, d(a, p) − near) and max(0, far − d(a, n))"
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.ContrastiveLoss(near, far, **kw), distance, normalise)
 
+class LearntBounds(LibraryLoss):
+    "A bound β a leaf; an anchor that is known above the leaves goes by the mean of those under it"
+    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+        labels, all_known = leaf_labels(targets, self.taxonomy)
+        if found is None or all_known or not self.loss.learn_beta: return super().between(x, targets, found, rows)
+        start, stop = (self.taxonomy.tensor(k, x.device)[targets] for k in ('leaf_start', 'leaf_stop'))
+        upto = F.pad(self.loss.beta.cumsum(0), (1, 0))
+        bounds = torch.cat([self.loss.beta, (upto[stop] - upto[start])/(stop - start)])   # as `leaf_labels` counts
+        return torch.func.functional_call(self.loss, {'beta': bounds}, (x, labels, found))
+
 def margin(in_features:int, taxonomy:Taxonomy, # D, tree
     margin:float=0.2, # on either side of the bound
     beta:float|None=None, # bound between near and far to begin with; None: 1.2, or the same angle as a cosine distance
@@ -158,7 +168,7 @@ def margin(in_features:int, taxonomy:Taxonomy, # D, tree
 )->LibraryLoss:
     "max(0, d(a, p) − β + margin) + max(0, β − d(a, n) + margin) with a bound β a class"
     if beta is None: beta = first_bound(distance)
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves, **kw), distance, normalise, 'any')
+    return LearntBounds(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves if learn else None, **kw), distance, normalise, 'any')
 
 def first_bound(distance:str)->float: return 1.2 if distance == 'euclidean' else 1.2**2/2   # the same place on the sphere, @eq-distance
 
@@ -523,6 +533,13 @@ def reverse_gradient(
     "The same forwards, the opposite backwards"
     return _Reverse.apply(x)
 
+def in_own_type(
+    net:nn.Module, # with weights of any number type
+    x:Tensor, # of another
+)->Tensor: # in the type of `x`
+    "What a network says, asked in the type of its weights"
+    return net(x.to(next(net.parameters()).dtype)).to(x.dtype)
+
 class Decorrelation(nn.Module):
     "How well networks predict parts of an embedding from each other; the parts are trained to make it hard, @eq-decorrelation"
     def __init__(self,
@@ -537,7 +554,7 @@ class Decorrelation(nn.Module):
         parts:Sequence[Tensor], # each (B, D_i)
     )->Tensor: # scalar, at most 0
         x = [reverse_gradient(unit(o)) for o in parts]
-        return -sum((x[j]*unit(net(x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets))/max(len(x[0]), 1)
+        return -sum((x[j]*unit(in_own_type(net, x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets))/max(len(x[0]), 1)
 
 # %% ../nbs/13_pairs.ipynb #552062b9
 class NeighbourNCA(PairLoss):
@@ -654,10 +671,10 @@ class MomentumContrast(PairLoss):
 
     def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
         h = two_views(len(x), targets)
-        q = unit(self.fast(x[:h]))
+        q = unit(in_own_type(self.fast, x[:h]))
         with torch.no_grad():
             if self.training: follow_slowly(self.slow, self.fast, self.momentum)
-            k, before = unit(self.slow(x[h:])), self.queue
+            k, before = unit(in_own_type(self.slow, x[h:])), self.queue
             if self.training: self.queue = torch.cat([before, k.to(before.dtype)])[-len(before):]   # a new tensor: the old one is still needed backwards
         z = torch.cat([(q*k).sum(1, keepdim=True), q@before.to(q.dtype).T], 1)/self.temperature
         return F.cross_entropy(z, z.new_zeros(h, dtype=torch.int64))
@@ -776,7 +793,7 @@ def follow(self:ClassMeans,
     x, targets = map(torch.cat, zip(*self.seen)); self.seen.clear()
     mean, n = class_means(x, self.on_tree(targets), self.tree)
     step = torch.where(self.count > 0, 1 - self.momentum, 1.)*(n > 0)
-    self.weight.lerp_(mean.to(self.weight.dtype), step[:, None]); self.count.add_(n)
+    self.weight.lerp_(mean.to(self.weight.dtype), step[:, None].to(self.weight.dtype)); self.count.add_(n)
 
 # %% ../nbs/13_pairs.ipynb #9fe6a0b2
 def class_means(

@@ -590,7 +590,7 @@ def _set_rng(self:Trainer)->None:
 # %% ../nbs/14_training.ipynb #3fbeb65d
 def predict(
     model:Model, # trained or not; left in eval mode
-    x:Tensor|Features|ImageTable, # (n, F) features, or data with a split
+    x:Tensor|np.ndarray|Features|ImageTable, # (n, F) features of any number type, or data with a split
     split:str|None=None, # of features or images: 'val', 'test' …
     batch_size:int|None=None, # rows at a time; None: 4096 of features, 256 of images
     tta:str|None=None, # test-time augmentation of images: the mean over these `tta_views`, 'plankton' or 'natural'
@@ -602,16 +602,19 @@ def predict(
     return _over(model, lambda pixels, *size: views.node_probs(lambda v: model.node_probs(v, *size), pixels), x, split, batch_size)
 
 def embeddings(
-    model:Model, x:Tensor|Features|ImageTable, split:str|None=None, batch_size:int|None=None, # as for `predict`
+    model:Model, x:Tensor|np.ndarray|Features|ImageTable, split:str|None=None, batch_size:int|None=None, # as for `predict`
 )->Tensor: # (n, D') float32, on the CPU
     "Where the model puts every row: what neighbours are looked up by"
     return _over(model, model.represent, x, split, batch_size)
 
 @torch.inference_mode()
-def _over(model:Model, ask:Callable, x:Tensor|Features|ImageTable, split:str|None, batch_size:int|None)->Tensor:
+def _over(model:Model, ask:Callable, x:Tensor|np.ndarray|Features|ImageTable, split:str|None, batch_size:int|None)->Tensor:
     "All answers, batch by batch"
     model.eval()
     device = next(model.parameters()).device
+    if isinstance(x, (np.ndarray, list, tuple)):
+        try: x = torch.as_tensor(np.asarray(x))
+        except (TypeError, ValueError) as e: raise HiermetricError(f"Features are rows of numbers, (n, F), and this is no array of them ({e}).") from e
     if isinstance(x, Tensor): return torch.cat([ask(o.to(device)).float().cpu() for o in x.split(batch_size or FeatureSource.big)])
     source = FeatureSource(x, split, device=device) if isinstance(x, Features) else ImageSource(x, split, model.encoder.transform, device, size_input=model.encoder.size_input)
     with nullcontext() if isinstance(x, Features) else kept_memory(device):

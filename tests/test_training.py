@@ -667,16 +667,17 @@ TWO = textwrap.dedent("""
     def train(out):
         torch.set_num_threads(1)
         assert make_accelerator('cpu').num_processes == 2
-        fit(TOY, 'arcface', **QUICK, dropout=0., out=f'{out}/features', accumulate=2)
+        fit(TOY, 'arcface', **WEIGHED, out=f'{out}/features', accumulate=2)
         fit(squares(f'{out}/images'), **SHARED, out=f'{out}/run')
     debug_launcher(train, (sys.argv[1],), num_processes=2)
 """)
+WEIGHED = dict(QUICK, dropout=0., head_kw=dict(class_weights=[1. + 4*(i % 3) for i in range(TAX.n_leaves)]))   # by the whole batch
 SHARED = dict(IMAGES, freeze='backbone', unfreeze_at=1, freeze_bn=True, dropout=0., ema=.9, epochs=2)
 
 def test_two_processes_are_one_within_rounding(tmp_path):
     squares(tmp_path/'images')
     subprocess.run([sys.executable, '-c', TWO, str(tmp_path)], check=True, cwd=Path(__file__).parents[1], env=os.environ | {'PYTHONPATH': os.pathsep.join(['.', *sys.path])}, timeout=300, stdout=subprocess.DEVNULL)
-    for name, one in (('features', fit(TOY, 'arcface', **QUICK, dropout=0.)), ('run', fit(squares(tmp_path/'images'), **SHARED))):
+    for name, one in (('features', fit(TOY, 'arcface', **WEIGHED)), ('run', fit(squares(tmp_path/'images'), **SHARED))):
         two = load_run(tmp_path/name, one.model.taxonomy)
         assert len(two.history) == len(one.history) and np.allclose(one.history[['loss', 'val_nll', 'lr']], two.history[['loss', 'val_nll', 'lr']], atol=1e-3)
         a, b = weights(one), weights(two)
