@@ -26,12 +26,12 @@ from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, 
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep', 'onecycle',
-           'constant', 'create_schedule', 'stages', 'parameter_groups', 'create_optimizer', 'split_tensors',
+__all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'LIMITS', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep',
+           'onecycle', 'constant', 'create_schedule', 'stages', 'parameter_groups', 'create_optimizer', 'split_tensors',
            'FeatureSource', 'image_size', 'decode_split', 'ImageSource', 'make_accelerator', 'kept_memory',
            'set_training', 'ema_update', 'Trainer', 'predict', 'embeddings', 'checkpoint_due', 'csv_logger',
            'json_logger', 'console_logger', 'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run',
-           'fit', 'check_identity', 'average_models']
+           'check_limits', 'fit', 'check_identity', 'average_models']
 
 # %% ../nbs/14_training.ipynb #dff66f7e
 def toy_features(
@@ -548,7 +548,11 @@ def _backward(self:Trainer, rows:Tensor, inputs:tuple, labels:list, last:bool)->
     "Gradients of one part of a batch, added to those of the parts before"
     self._tell(rows=rows)
     with nullcontext() if last else self.acc.no_sync(self.net):
-        with self.acc.autocast(): loss = self.net(inputs, labels)
+        try:
+            with self.acc.autocast(): loss = self.net(inputs, labels)
+        except ValueError as e:
+            if 'more than 1 value per channel' not in str(e): raise
+            raise HiermetricError(f"A batch norm cannot learn from a single image: {self.batch} go into a batch here, in {self.settings['accumulate']} parts, shared by {self.acc.num_processes} processes. Take a larger batch_size, or freeze_bn=True.") from e
         self.acc.backward(loss)
     self.total += loss.detach()
 
@@ -642,7 +646,7 @@ def advance(self:Trainer)->dict[str, Any]: # the epoch's row of the history
     start = time.perf_counter()
     row = {'epoch': self.epoch, 'loss': self.train_epoch(), **self.validate()}
     value = row['val_top1'] if self.settings['monitor'] == 'top1' else -row['val_nll']
-    if value > self.best_value:
+    if value > self.best_value or not self.best:
         self.best_value, self.best_epoch = value, self.epoch
         self.best = {k: v.detach().cpu().clone() for k,v in self.judged.state_dict().items()}
     self.epoch, self.step, self.total, self.rng = self.epoch + 1, 0, torch.zeros_like(self.total), None
@@ -727,16 +731,26 @@ def console_logger(out:Path|None, settings:dict, history:list)->Callable[[dict|N
 
 # %% ../nbs/14_training.ipynb #7a7ffd11
 def wandb_logger(out:Path|None, settings:dict, history:list)->Callable[[dict|None], None]:
-    "A Weights & Biases run; offline where nobody is logged in"
+    "A Weights & Biases run; offline where nobody is logged in or nothing can be reached"
     try: import wandb
     except ImportError as e: raise HiermetricError("Logging to wandb needs it installed: pip install wandb.") from e
-    mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
-    run, rows = wandb.init(project='hiermetric', config=settings, dir=out, mode=mode, reinit='create_new', settings=wandb.Settings(silent=True)), list(history)
+    start = partial(wandb.init, project='hiermetric', config=settings, dir=out, reinit='create_new', settings=wandb.Settings(silent=True, init_timeout=30))
+    rows = list(history)
+    try: run = start(mode=os.environ.get('WANDB_MODE') or ('online' if _wandb_key() else 'offline'))
+    except wandb.errors.Error as e:
+        warnings.warn(f"Weights & Biases does not answer ({str(e).splitlines()[0]}); this run is logged offline, and `wandb sync` sends it later.", stacklevel=3)
+        run = start(mode='offline')
     def log(row:dict|None)->None:
         if row is not None: rows.append(row); return run.log({k: v for k,v in row.items() if k != 'epoch'}, step=row['epoch'])
         if rows: run.log({'history': wandb.Table(dataframe=pd.DataFrame(rows))} | {p.stem: wandb.Image(str(p)) for p in (sorted(out.glob('*.png')) if out else ())})
         run.finish()
     return log
+
+def _wandb_key()->bool:
+    "Whether somebody is logged in: by environment, or by a netrc file, as `wandb login` writes it"
+    import wandb
+    from requests.utils import get_netrc_auth
+    return bool(os.environ.get('WANDB_API_KEY') or get_netrc_auth(wandb.setup().settings.base_url))
 
 def tensorboard_logger(out:Path|None, settings:dict, history:list)->Callable[[dict|None], None]:
     "Event files in `out/tensorboard`"
@@ -917,6 +931,22 @@ def _loop(trainer:Trainer, out:Path|None, identity:dict, listeners:Sequence[Call
             for listen in listeners: listen(row)
             keep(); tell(row)
 
+# %% ../nbs/14_training.ipynb #lim17002
+LIMITS = {'at least 1': (lambda v: v >= 1, ('epochs', 'batch_size', 'embed_dim', 'patience', 'views', 'accumulate', 'image_size')),
+    'at least 0': (lambda v: v >= 0, ('seed', 'unfreeze_at', 'workers')),
+    'finite and at least 0': (lambda v: 0 <= v < math.inf, ('weight_decay',)),
+    'finite and above 0': (lambda v: 0 < v < math.inf, ('lr', 'clip_norm')),
+    'at least 0 and below 1': (lambda v: 0 <= v < 1, ('momentum', 'dropout')),
+    'at least 0 and at most 1': (lambda v: 0 <= v <= 1, ('warmup',)),
+    'above 0 and at most 1': (lambda v: 0 < v <= 1, ('power', 'ema', 'layer_decay'))}   # NaN fails every one
+
+def check_limits(
+    settings:dict, # names and numbers; None, and what has no limits, may be anything
+)->None:
+    "Raise `HiermetricError` that names the first number outside of `LIMITS`"
+    for words, (holds, names) in LIMITS.items():
+        if bad := [k for k in names if settings.get(k) is not None and not holds(settings[k])]: raise HiermetricError(f"{bad[0]} must be {words}, not {settings[bad[0]]}.")
+
 # %% ../nbs/14_training.ipynb #d09ef631
 def fit(
     data:Features|ImageTable, # cached features, or images from `load_dataset`; with splits 'train' and 'val'
@@ -971,7 +1001,11 @@ def fit(
     embed_kw:dict|None=None, # more for `EmbeddingNet`
 )->Run: # best weights, history, timing
     "Train an embedding and a head on cached features, or a whole network on images"
+    if not isinstance(data, (Features, ImageTable)): raise HiermetricError(f"`fit` takes features, as `extract` gives them, or a table of images, as `load_dataset` does, not {type(data).__name__}.")
     cfg = _resolve(data, {k: v for k,v in locals().items() if k not in _OUTSIDE})
+    _look_over(dict(workers=workers, device=device, resume=resume))
+    if isinstance(log, str): raise HiermetricError(f"log is a list of loggers, log=({log!r},), not {log!r}.")
+    if out is not None and Path(out).exists() and not Path(out).is_dir(): raise HiermetricError(f"{out} is a file, and `out` names a folder; choose another.")
     first, cfg['start'] = _weights_of(start)
     checkpoint_due(every := checkpoint_every if checkpoint_every is not None else 5 if isinstance(data, Features) else '10 minutes')
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
@@ -1002,9 +1036,15 @@ _OUTSIDE = ('data', 'out', 'resume', 'checkpoint_every', 'log', 'progress', 'dev
 _IMAGES_ONLY = ('backbone', 'backbone_kw', 'image_size', 'augment', 'augment_kw', 'mix', 'mix_kw', 'freeze', 'unfreeze_at', 'freeze_bn', 'layer_decay', 'size_input')
 _ALWAYS = ('head', 'embedding', 'embed_dim', 'power', 'dropout', 'epochs', 'batch_size', 'lr', 'weight_decay', 'warmup', 'patience', 'monitor', 'seed', 'precision', 'head_kw', 'embed_kw')
 
+def _look_over(given:dict)->dict:
+    "Settings as their types, and their numbers within limits"
+    from hiermetric.config import check_run   # which is made from this module's `fit`
+    given = check_run(given); check_limits(given)
+    return given
+
 def _resolve(data:Features|ImageTable, cfg:dict)->dict:
     "Settings with nothing left open, looked over"
-    pictures, base = not isinstance(data, Features), defaults()
+    pictures, base, cfg = not isinstance(data, Features), defaults(), _look_over(cfg)
     if not pictures and (bad := [k for k in _IMAGES_ONLY if cfg[k] != base[k]]): raise HiermetricError(f"{bad[0]} is a setting for images; features have left their backbone. Give `fit` the table of images instead.")
     for what, known in dict(monitor=('nll', 'top1'), freeze=('none', 'backbone'), schedule=SCHEDULES, optimizer=OPTIMIZERS).items(): choice(what, cfg[what], known)
     usual = dict(batch_size=64, weight_decay=.05, power=1., dropout=.2) if pictures else dict(batch_size=256, weight_decay=1., power=.5, dropout=.5)
@@ -1012,8 +1052,6 @@ def _resolve(data:Features|ImageTable, cfg:dict)->dict:
     if cfg['embedding'] == 'none': usual['dropout'] = 0.
     cfg |= {k: v for k, v in usual.items() if cfg[k] is None}
     if head_trait(cfg['head'], 'closed'): cfg['epochs'] = 1
-    if bad := [k for k in ('epochs', 'batch_size', 'lr', 'accumulate', 'views', 'image_size', 'ema', 'clip_norm', 'layer_decay') if cfg[k] is not None and not cfg[k] > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
-    if bad := [k for k in ('ema', 'layer_decay', 'warmup') if cfg[k] is not None and cfg[k] > 1]: raise HiermetricError(f"{bad[0]} is a share and cannot be above 1.")
     if cfg['unfreeze_at'] is not None and cfg['freeze'] == 'none': raise HiermetricError("unfreeze_at says when a frozen backbone begins to learn; freeze it first with freeze='backbone'.")
     create_schedule(cfg['schedule'], 1, 0, **cfg['schedule_kw'] or {})
     return cfg
