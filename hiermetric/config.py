@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 import numpy as np, yaml
 from fastcore.basics import patch
-from .core import HiermetricError, atomic_path, did_you_mean
+from .core import HiermetricError, atomic_path, choice, did_you_mean
 from .datasets import DATASETS, ImageTable, folder_dataset, load_dataset
 from .features import Features
 from .heads import HEADS, EmbeddingNet
@@ -34,7 +34,7 @@ def as_kind(
         for k in args:
             try: return as_kind(value, k)
             except TypeError: pass
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool): return float(value)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 3.4e38: return float(value)   # as float32 holds it; not NaN
     elif kind is float and isinstance(value, str) and 'e' in value.lower():
         try: return float(value)
         except ValueError: pass
@@ -76,8 +76,10 @@ def check_settings(
     for k, v in given.items():
         if k not in known and not free: raise HiermetricError(f"There is no setting {where + str(k)!r}; there are {', '.join(known) or 'none'}.{did_you_mean(k, known)}")
         try: out[k] = v if objects and not isinstance(v, _IN_FILES) else as_kind(v, hints.get(k, Any))
-        except TypeError: raise HiermetricError(f"{where}{k} is {v!r}, and should be {kind_name(hints[k])}.") from None
+        except TypeError: raise HiermetricError(f"{where}{k} is {v!r}, and should be {_wanted(v, hints[k])}.") from None
     return out
+
+def _wanted(v:Any, kind:Any)->str: return kind_name(kind).replace('a number', 'a finite number') if isinstance(v, float) else kind_name(kind)
 
 _IN_FILES = bool, int, float, str, list, tuple, dict, type(None), np.generic
 
@@ -106,12 +108,21 @@ def check_run(
         own = getattr(c, name)
         if not own: continue
         if target is None: raise HiermetricError(f"{name} has settings for {name.removesuffix('_kw')}, which is not set; set it or remove {name}.")
-        checked = check_settings(own, target[0], target[1], f'{name}.', objects)
-        if name == 'head_kw' and {'base', 'base_kw'} & set(checked):   # a head on another head
-            base = _head(checked.get('base') or inspect.signature(target[0]).parameters['base'].default)
-            checked['base_kw'] = check_settings(checked.get('base_kw') or {}, *base, 'head_kw.base_kw.', objects)
-        out[name] = checked
+        out[name] = check_settings(own, target[0], target[1], f'{name}.', objects)
+    if out.get('head_kw'): out['head_kw'] = _check_head(out['head_kw'], HEADS[c.head], 'head_kw.', objects)
     return out
+
+def _check_head(own:dict, head:Callable, where:str, objects:bool)->dict:
+    "Settings inside the settings of a head: of what it chooses by name, a base, a loss, a miner, and of its members"
+    from hiermetric.pairs import LOSSES, MINERS
+    from hiermetric.sphere import CRITERIA
+    own, usual = dict(own), inspect.signature(head).parameters
+    for what, kw, known in (('base', 'base_kw', HEADS), ('loss', 'loss_kw', LOSSES), ('pair_loss', 'pair_kw', LOSSES), ('miner', 'miner_kw', MINERS), ('criterion', 'criterion_kw', CRITERIA)):
+        name = own.get(what, usual[what].default if what in usual else None)
+        if kw in usual and own.get(kw) and name: own[kw] = check_settings(own[kw], known[choice(what.removeprefix('pair_'), name, known)], ('in_features', 'taxonomy', 'distance') if known is MINERS else ('in_features', 'taxonomy'), f'{where}{kw}.', objects)
+        elif what in own and name: choice('head' if what == 'base' else what.removeprefix('pair_'), name, known)
+    if own.get('members'): own['members'] = tuple({'head': o.get('head')} | _check_head(check_settings({k: v for k, v in o.items() if k != 'head'}, *_head(o.get('head')), f'{where}members.', objects), HEADS[o['head']], f'{where}members.', objects) for o in own['members'])
+    return own
 
 # %% ../nbs/15_config.ipynb #bb67e3c7
 _CALL = ('data', 'out', 'resume', 'progress', 'device', 'workers', 'compile', 'channels_last')   # of `fit`, but not of a run
@@ -133,7 +144,7 @@ class _Settings:
             if dataclasses.is_dataclass(kind): v = kind(**v) if isinstance(v, dict) else v
             else:
                 try: v = as_kind(v, kind)
-                except TypeError: raise HiermetricError(f"{self._where}{k} is {v!r}, and should be {kind_name(kind)}.") from None
+                except TypeError: raise HiermetricError(f"{self._where}{k} is {v!r}, and should be {_wanted(v, kind)}.") from None
             setattr(self, k, v)
 
     @classmethod

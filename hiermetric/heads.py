@@ -14,9 +14,9 @@ from .core import HiermetricError, Registry, atomic_path, choice
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll', 'label_nll',
-           'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads',
-           'register_head', 'head_trait', 'create_head', 'Encoder', 'Model']
+__all__ = ['RANGES', 'INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'check_numbers', 'Head', 'prototypes',
+           'subtree_nll', 'label_nll', 'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet',
+           'list_heads', 'register_head', 'head_trait', 'create_head', 'Encoder', 'Model']
 
 # %% ../nbs/05_heads.ipynb #7ff37cba
 def check_embeddings(
@@ -47,6 +47,21 @@ def check_targets(
     if bad.any():
         i = bad.nonzero()[0].item()
         raise HiermetricError(f"Target {targets[i].item()} of sample {i} is no node of this taxonomy, whose ids are 0 … {len(taxonomy)-1}; targets are node ids, as tax.index(name) gives them.")
+
+# %% ../nbs/05_heads.ipynb #rng05002
+RANGES = {'at least 1': lambda v: v >= 1, 'at least 0': lambda v: v >= 0, 'above 0': lambda v: v > 0, 'at least 0 and below 1': lambda v: 0 <= v < 1,
+    'at least 0 and at most 1': lambda v: 0 <= v <= 1, 'above 0 and at most 1': lambda v: 0 < v <= 1, 'above 0 and below 2': lambda v: 0 < v < 2}
+
+def check_numbers(
+    words:str, # one of `RANGES`
+    **numbers:float|None, # by name; None may be anything
+)->None:
+    "Raise `HiermetricError` that names the first that is no finite number in the range"
+    for k, v in numbers.items():
+        if v is None: continue
+        try: fits = not isinstance(v, (bool, str)) and abs(v) < float('inf') and RANGES[words](v)
+        except TypeError: fits = False
+        if not fits: raise HiermetricError(f"{k} must be {words}, not {v}.")
 
 # %% ../nbs/05_heads.ipynb #7307cb7b
 class Head(nn.Module):
@@ -246,6 +261,7 @@ class EmbeddingNet(nn.Module):
         if not 0 < power <= 1: raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
         if kind == 'none': out_features = in_features
         if dropout is None: dropout = 0.2 if kind in ('devnet', 'mlp', 'skip') else 0.
+        check_numbers('at least 0 and below 1', dropout=dropout); check_numbers('at least 1', in_features=in_features, out_features=out_features)
         self.in_features, self.out_features, self.kind, self.dropout, self.norm, self.power = in_features, out_features, kind, dropout, norm, power
         def block(o:int, relu:bool)->list[nn.Module]: return [nn.Linear(in_features, o), *([nn.BatchNorm1d(o)] if norm else []), *([nn.ReLU()] if relu else [])]
         hidden = [] if kind in ('linear', 'none') else block(in_features, True)

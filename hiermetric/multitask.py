@@ -15,7 +15,7 @@ from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
 from .datasets import ImageTable
 from .features import Features
-from .heads import EmbeddingNet, check_embeddings, label_nll, subtree_nll
+from .heads import EmbeddingNet, check_embeddings, check_numbers, label_nll, subtree_nll
 from .aam import CombinedMargin, unit
 from .metrics import check_node_probs, check_targets
 from .decisions import Rule, _deepest, _path
@@ -274,6 +274,7 @@ class DivideConquer(MultiTask):
         paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
         momentum:float=0.9, # of the running class means
     ):
+        check_numbers('at least 0', conquer=conquer)
         if learners < 1 or dim % learners or every < 1: raise HiermetricError(f"The dimensions are shared evenly among at least one learner, who is given images at least every epoch; got dim={dim}, learners={learners}, every={every}.")
         super().__init__(in_features, taxonomy, [dim//learners]*learners, None, block, dropout, paths, sets, momentum)
         self.learners, self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.every, self.conquer = int(learners), int(dim), pair_loss, pair_kw, miner, miner_kw, int(every), conquer
@@ -353,7 +354,7 @@ class SNDL(MultiTask):
         momentum:float=0.9, # of the running class means
     ):
         super().__init__(in_features, taxonomy, [dim], None, block, dropout, paths, sets, momentum)
-        if ce < 0: raise HiermetricError(f"The weight of the classifier must be at least 0, not {ce}.")
+        check_numbers('at least 0', ce=ce); check_numbers('above 0', sharpness=sharpness)
         self.dim, self.temperature, self.memory, self.ce, self.sharpness = int(dim), float(temperature), float(memory), float(ce), float(sharpness)
         self.criterion = NeighbourNCA(dim, self.tree, temperature, memory)
         self.classes = nn.Linear(dim, self.n_labels)   # one output a label; without `sets`, one for every node of `tree` but the root

@@ -15,7 +15,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
 from fastcore.basics import patch
 from .core import HiermetricError, Registry, choice
 from .taxonomy import Taxonomy
-from .heads import LeafHead, check_targets, label_nll, prototypes
+from .heads import LeafHead, check_numbers, check_targets, label_nll, prototypes
 from .aam import unit
 from .retrieval import DISTANCES
 
@@ -141,6 +141,7 @@ def triplet(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='euclidean', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "max(0, d(a, p) − d(a, n) + margin)"
+    check_numbers('at least 0', margin=margin)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.TripletMarginLoss(margin, **kw), distance, normalise, 'any')
 
 def contrastive(in_features:int, taxonomy:Taxonomy, # D, tree
@@ -148,6 +149,7 @@ def contrastive(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='euclidean', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "max(0, d(a, p) − near) and max(0, far − d(a, n))"
+    check_numbers('at least 0', near=near); check_numbers('above 0', far=far)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.ContrastiveLoss(near, far, **kw), distance, normalise)
 
 class LearntBounds(LibraryLoss):
@@ -167,6 +169,7 @@ def margin(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='euclidean', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "max(0, d(a, p) − β + margin) + max(0, β − d(a, n) + margin) with a bound β a class"
+    check_numbers('at least 0', margin=margin, beta=beta)
     if beta is None: beta = first_bound(distance)
     return LearntBounds(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves if learn else None, **kw), distance, normalise, 'any')
 
@@ -179,6 +182,7 @@ def multi_similarity(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='cosine', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "Soft maxima over an anchor's positives and over its negatives"
+    check_numbers('above 0', alpha=alpha, beta=beta); check_numbers('at least 0', base=base)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.MultiSimilarityLoss(alpha, beta, base, **kw), distance, normalise)
 
 def supcon(in_features:int, taxonomy:Taxonomy, # D, tree
@@ -186,6 +190,7 @@ def supcon(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='cosine', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "Supervised contrastive: cross-entropy of an anchor's positives among all others"
+    check_numbers('above 0', temperature=temperature)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), distance, normalise)
 
 # %% ../nbs/13_pairs.ipynb #2558b291
@@ -253,12 +258,14 @@ def semi_hard(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
     margin:float=0.2, # how much farther than the positive a negative may be
 )->LibraryMiner:
     "All triplets whose negative is farther than the positive, but by less than the margin"
+    check_numbers('above 0', margin=margin)
     return LibraryMiner(taxonomy, pml_miners.TripletMarginMiner(margin, type_of_triplets='semihard', distance=_Distance(distance)))
 
 def multi_similarity_pairs(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
     epsilon:float=0.1, # how far on the right side a pair may be and still count
 )->LibraryMiner:
     "Negatives nearer than the farthest positive, positives farther than the nearest negative"
+    check_numbers('at least 0', epsilon=epsilon)
     return LibraryMiner(taxonomy, pml_miners.MultiSimilarityMiner(epsilon, distance=_Distance(distance)))
 
 def distance_weighted(taxonomy:Taxonomy, distance:str='cosine', # tree; not looked at: it draws by the angle
@@ -266,6 +273,7 @@ def distance_weighted(taxonomy:Taxonomy, distance:str='cosine', # tree; not look
     far:float=1.4, # and negatives no farther than this
 )->LibraryMiner:
     "Negatives at all distances alike: drawn by one over the density of distances on the sphere"
+    check_numbers('above 0 and below 2', cutoff=cutoff); check_numbers('above 0', far=far)
     return LibraryMiner(taxonomy, pml_miners.DistanceWeightedMiner(cutoff, far))
 
 # %% ../nbs/13_pairs.ipynb #ab7b4bff
@@ -344,7 +352,7 @@ class TreeTriplet(PairLoss):
         by:str='information', # one of `GRADES`
         distance:str='euclidean', normalise:bool=True, # see `PairLoss`
     ):
-        super().__init__(in_features, taxonomy, distance, normalise)
+        super().__init__(in_features, taxonomy, distance, normalise); check_numbers('at least 0', margin=margin)
         self.margin, self.by = margin, choice('grade', by, GRADES)
 
     def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
@@ -377,7 +385,7 @@ class TreeMargin(PairLoss):
         by:str='information', # one of `GRADES`
         distance:str='euclidean', normalise:bool=True, # see `PairLoss`
     ):
-        super().__init__(in_features, taxonomy, distance, normalise)
+        super().__init__(in_features, taxonomy, distance, normalise); check_numbers('at least 0', margin=margin, beta=beta)
         self.margin, self.by = margin, choice('grade', by, GRADES)
         self.beta = nn.Parameter(torch.full((len(taxonomy),), first_bound(distance) if beta is None else float(beta)))
 
@@ -415,7 +423,7 @@ class TreeSupCon(PairLoss):
         distance:str='cosine', normalise:bool=True, # see `PairLoss`
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
-        if not power > 0 or not temperature > 0: raise HiermetricError(f"Power and temperature must be above 0, not {power} and {temperature}.")
+        check_numbers('above 0', temperature=temperature, power=power)
         self.temperature, self.power, self.by = temperature, power, choice('grade', by, GRADES)
 
     def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
@@ -484,7 +492,7 @@ class BoostedDeviance(PairLoss):
         alpha:float=2., beta:float=0.5, cost:float=25., # α and β of the deviance; c, how much more a negative counts
         decorrelate:float=0., # how strongly the parts are driven apart, see `Decorrelation`; 0: not
     ):
-        super().__init__(in_features, taxonomy, 'cosine')
+        super().__init__(in_features, taxonomy, 'cosine'); check_numbers('above 0', alpha=alpha, cost=cost); check_numbers('at least 0', decorrelate=decorrelate)
         if sizes is None: sizes = [in_features*3//16, in_features*5//16]; sizes.append(in_features - sum(sizes))
         if sum(sizes) != in_features or min(sizes) < 1: raise HiermetricError(f"The parts {list(sizes)} do not make up {in_features} features; each must be at least 1, and their sum {in_features}.")
         self.sizes, self.alpha, self.beta, self.cost, self.decorrelate = list(sizes), alpha, beta, cost, decorrelate
@@ -571,6 +579,7 @@ class NeighbourNCA(PairLoss):
         distance:str='cosine', normalise:bool=True, # see `PairLoss`
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
+        check_numbers('above 0', temperature=temperature, power=power)
         if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
         self.temperature, self.momentum, self.graded, self.by, self.power = temperature, momentum, graded, choice('grade', by, GRADES), power
         self.register_buffer('memory', torch.zeros(0, in_features)); self.register_buffer('known', torch.zeros(0, dtype=torch.bool))
@@ -665,6 +674,7 @@ class MomentumContrast(PairLoss):
     ):
         super().__init__(in_features, taxonomy, 'cosine')
         if queue < 1: raise HiermetricError(f"The queue needs room for at least one key, not {queue}.")
+        check_numbers('at least 1', dim=dim); check_numbers('above 0', temperature=temperature); check_numbers('at least 0 and below 1', momentum=momentum)
         self.temperature, self.momentum, self.fast = temperature, momentum, nn.Linear(in_features, dim)
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
         self.register_buffer('queue', unit(torch.randn(queue, dim)))
@@ -690,6 +700,7 @@ def simclr(in_features:int, taxonomy:Taxonomy, # D; not looked at
     temperature:float=0.5, # of the softmax over the batch
 )->SimCLR:
     "NT-Xent over two views"
+    check_numbers('above 0', temperature=temperature)
     return SimCLR(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), 'cosine', takes='none')
 
 # %% ../nbs/13_pairs.ipynb #fe0779a6
@@ -702,7 +713,9 @@ class MultiLabelSemiHard:
         margin:float=0.2, # m
         gap:float=0., # ε, how much more the positive must share
         by:str='information', # grade of node ids, one of `GRADES`
-    ): self.taxonomy, self.distance, self.margin, self.gap, self.by = taxonomy, distance, margin, gap, choice('grade', by, GRADES)
+    ):
+        check_numbers('at least 0', margin=margin, gap=gap)
+        self.taxonomy, self.distance, self.margin, self.gap, self.by = taxonomy, distance, margin, gap, choice('grade', by, GRADES)
 
     @torch.no_grad()
     def __call__(self,

@@ -22,7 +22,7 @@ from .datasets import ImageTable
 from .backbones import Transform
 from .features import Features, _bar, _batches, _size
 from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
-from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
+from .heads import EmbeddingNet, Encoder, Head, Model, check_numbers, create_head, head_trait, power_normalise
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
 # %% auto #0
@@ -932,20 +932,14 @@ def _loop(trainer:Trainer, out:Path|None, identity:dict, listeners:Sequence[Call
             keep(); tell(row)
 
 # %% ../nbs/14_training.ipynb #lim17002
-LIMITS = {'at least 1': (lambda v: v >= 1, ('epochs', 'batch_size', 'embed_dim', 'patience', 'views', 'accumulate', 'image_size')),
-    'at least 0': (lambda v: v >= 0, ('seed', 'unfreeze_at', 'workers')),
-    'finite and at least 0': (lambda v: 0 <= v < math.inf, ('weight_decay',)),
-    'finite and above 0': (lambda v: 0 < v < math.inf, ('lr', 'clip_norm')),
-    'at least 0 and below 1': (lambda v: 0 <= v < 1, ('momentum', 'dropout')),
-    'at least 0 and at most 1': (lambda v: 0 <= v <= 1, ('warmup',)),
-    'above 0 and at most 1': (lambda v: 0 < v <= 1, ('power', 'ema', 'layer_decay'))}   # NaN fails every one
+LIMITS = {'at least 1': ('epochs', 'batch_size', 'embed_dim', 'patience', 'views', 'accumulate', 'image_size'), 'at least 0': ('seed', 'unfreeze_at', 'workers', 'weight_decay'), 'above 0': ('lr', 'clip_norm'),
+    'at least 0 and below 1': ('momentum', 'dropout'), 'at least 0 and at most 1': ('warmup',), 'above 0 and at most 1': ('power', 'ema', 'layer_decay')}
 
 def check_limits(
     settings:dict, # names and numbers; None, and what has no limits, may be anything
 )->None:
     "Raise `HiermetricError` that names the first number outside of `LIMITS`"
-    for words, (holds, names) in LIMITS.items():
-        if bad := [k for k in names if settings.get(k) is not None and not holds(settings[k])]: raise HiermetricError(f"{bad[0]} must be {words}, not {settings[bad[0]]}.")
+    for words, names in LIMITS.items(): check_numbers(words, **{k: settings.get(k) for k in names})
 
 # %% ../nbs/14_training.ipynb #d09ef631
 def fit(
@@ -1003,7 +997,7 @@ def fit(
     "Train an embedding and a head on cached features, or a whole network on images"
     if not isinstance(data, (Features, ImageTable)): raise HiermetricError(f"`fit` takes features, as `extract` gives them, or a table of images, as `load_dataset` does, not {type(data).__name__}.")
     cfg = _resolve(data, {k: v for k,v in locals().items() if k not in _OUTSIDE})
-    _look_over(dict(workers=workers, device=device, resume=resume))
+    _look_over(dict(workers=workers, device=device, resume=resume, compile=compile, channels_last=channels_last))
     if isinstance(log, str): raise HiermetricError(f"log is a list of loggers, log=({log!r},), not {log!r}.")
     if out is not None and Path(out).exists() and not Path(out).is_dir(): raise HiermetricError(f"{out} is a file, and `out` names a folder; choose another.")
     first, cfg['start'] = _weights_of(start)
