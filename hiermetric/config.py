@@ -210,7 +210,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node:yaml.Node, deep:bool=False)->Any:
         try: return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            raise yaml.constructor.ConstructorError(None, None, f'{node.value!r} is not of the kind that its tag {node.tag} says', node.start_mark) from e
+            raise yaml.constructor.ConstructorError(None, None, f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]} that can be read", node.start_mark) from e
 
     def construct_mapping(self, node:yaml.MappingNode, deep:bool=False)->dict:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
@@ -229,7 +229,7 @@ for _o in (_Loader, _Dumper):
 
 def _read(text:str, where:str)->Any:
     try: value = yaml.load(text, _Loader); _finite(value)
-    except yaml.reader.ReaderError as e: raise HiermetricError(f"{where} is no YAML that can be read: the character {e.character!r} (line {text.count(chr(10), 0, e.position) + 1}) belongs in no text.") from e
+    except yaml.reader.ReaderError as e: raise HiermetricError(f"{where} is no YAML that can be read: the character {chr(e.character)!r} (line {text.count(chr(10), 0, e.position) + 1}) belongs in no text.") from e
     except yaml.YAMLError as e:
         mark = getattr(e, 'problem_mark', None)
         raise HiermetricError(f"{where} is no YAML that can be read: {getattr(e, 'problem', None) or e}{f' (line {mark.line+1}, column {mark.column+1})' if mark else ''}.") from e

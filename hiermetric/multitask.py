@@ -355,6 +355,7 @@ class SNDL(MultiTask):
     ):
         super().__init__(in_features, taxonomy, [dim], None, block, dropout, paths, sets, momentum)
         check_numbers('at least 0', ce=ce); check_numbers('above 0', sharpness=sharpness)
+        if not self.n_labels: raise HiermetricError("A head with a logit a node needs a tree with at least one node below the root.")
         self.dim, self.temperature, self.memory, self.ce, self.sharpness = int(dim), float(temperature), float(memory), float(ce), float(sharpness)
         self.criterion = NeighbourNCA(dim, self.tree, temperature, memory)
         self.classes = nn.Linear(dim, self.n_labels)   # one output a label; without `sets`, one for every node of `tree` but the root

@@ -125,6 +125,8 @@ def create_schedule(
     **kw, # the schedule's own: cycles, mult, low, shrink, at, gamma, start, end
 )->Callable[[int], float]: # step to share of the full learning rate
     "A schedule by name"
+    for words, names in {'at least 1': ['cycles'], 'above 0': ['mult', 'shrink', 'gamma'], 'at least 0 and at most 1': ['low', 'start', 'end']}.items(): check_numbers(words, **{k: kw[k] for k in names if k in kw})
+    for a in kw.get('at', ()): check_numbers('at least 0', at=a)
     return partial(SCHEDULES.taking(name, kw, given=('step', 'total', 'warmup')), total=total, warmup=warmup, **kw)
 
 # %% ../nbs/14_training.ipynb #8dcc78b2
@@ -998,7 +1000,8 @@ def fit(
     if not isinstance(data, (Features, ImageTable)): raise HiermetricError(f"`fit` takes features, as `extract` gives them, or a table of images, as `load_dataset` does, not {type(data).__name__}.")
     cfg = _resolve(data, {k: v for k,v in locals().items() if k not in _OUTSIDE})
     _look_over(dict(workers=workers, device=device, resume=resume, compile=compile, channels_last=channels_last))
-    if isinstance(log, str): raise HiermetricError(f"log is a list of loggers, log=({log!r},), not {log!r}.")
+    if not isinstance(log, (list, tuple)): raise HiermetricError(f"log is a list of loggers, such as log=('csv', 'console'), not {log!r}.")
+    for o in log: callable(o) or choice('logger', o, loggers)
     if out is not None and Path(out).exists() and not Path(out).is_dir(): raise HiermetricError(f"{out} is a file, and `out` names a folder; choose another.")
     first, cfg['start'] = _weights_of(start)
     checkpoint_due(every := checkpoint_every if checkpoint_every is not None else 5 if isinstance(data, Features) else '10 minutes')
