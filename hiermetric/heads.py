@@ -273,7 +273,8 @@ class EmbeddingNet(nn.Module):
     )->Tensor: # (B, D)
         if x[0:1].numel() != self.in_features*len(x[0:1]): raise HiermetricError(f"Features of shape {tuple(x.shape)} do not fit an embedding of {self.in_features} features.")
         if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; take larger batches, or larger parts of them, and leave an incomplete last one out.")
-        x = power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power).to(next(self.parameters(), x).dtype)   # the root in float32, the rest as the weights are
+        x = power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power)
+        x = x.to(next(self.parameters(), x).dtype)   # the power in float32 at least, the rest as the weights are
         return self.layers(x) if self.short is None else self.layers(x) + F.dropout(self.short(x.flatten(1)), self.dropout, self.training)
 
 # %% ../nbs/05_heads.ipynb #42dddaf1

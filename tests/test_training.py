@@ -125,7 +125,7 @@ def test_a_batch_may_hold_its_images_several_times(watcher):
     assert len(steps) == len(TOY.of('train')[1])//64
     for _, rows, targets, emb in steps:
         assert len(rows) == 128 and torch.equal(rows[:64], rows[64:]) and torch.equal(targets[:64], targets[64:]) and not torch.allclose(emb[:64], emb[64:])
-    with pytest.raises(HiermetricError, match='views must be above 0'): fit(TOY, **QUICK, views=0)
+    with pytest.raises(HiermetricError, match='views must be at least 1'): fit(TOY, **QUICK, views=0)
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=40))
@@ -324,7 +324,7 @@ def test_schedules_climb_first_and_stay_within_bounds(name):
 def test_fit_follows_its_schedule_and_milestones_in_epochs():
     run = fit(TOY, **QUICK, schedule='multistep', schedule_kw=dict(at=[2, 4], gamma=.1), warmup=0., patience=None)
     assert list(run.history.lr) == pytest.approx([1e-2]*2 + [1e-3]*2 + [1e-4]*2)
-    with pytest.raises(HiermetricError, match="has no setting 'cycle'"): fit(TOY, **QUICK, schedule='sgdr', schedule_kw=dict(cycle=2))
+    with pytest.raises(HiermetricError, match="no setting 'schedule_kw.cycle'; there are cycles"): fit(TOY, **QUICK, schedule='sgdr', schedule_kw=dict(cycle=2))
 
 def by_hand(optimizer, wd, clip=None, ema=None, momentum=.9):
     "The same training, written down without a trainer"
@@ -620,7 +620,7 @@ def test_settings_for_images_are_refused_for_features():
         with pytest.raises(HiermetricError, match=f'{next(iter(kw))} is a setting for images'): fit(TOY, **QUICK, **kw)
 
 @pytest.mark.parametrize('kw,text', [(dict(optimizer='adamv'), "Did you mean"), (dict(schedule='cosin'), "Did you mean 'cosine'"), (dict(accumulate=3), 'multiple of 3'), (dict(ema=1.5), 'ema must be above 0 and at most 1'),
-    (dict(clip_norm=0.), 'clip_norm must be finite and above 0'), (dict(checkpoint_every='7 stops'), 'unit of checkpoint_every'), (dict(checkpoint_every=0), 'checkpoint_every must be above 0'), (dict(log=('jsn',)), "Did you mean 'json'")])
+    (dict(clip_norm=0.), 'clip_norm must be above 0'), (dict(checkpoint_every='7 stops'), 'unit of checkpoint_every'), (dict(checkpoint_every=0), 'checkpoint_every must be above 0'), (dict(log=('jsn',)), "Did you mean 'json'")])
 def test_more_bad_settings(kw, text, tmp_path):
     with pytest.raises(HiermetricError, match=text): fit(TOY, **QUICK, **kw)
 

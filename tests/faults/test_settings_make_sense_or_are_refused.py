@@ -44,9 +44,9 @@ def test_the_same_sentence_everywhere(item, sentence, tmp_path):
     assert says(lambda: TrainConfig.load(tmp_path/'c.yaml')) == f'{tmp_path}/c.yaml, line {line}: {sentence}'
     assert says(lambda: TrainConfig.load(None, ['head=arcface', item])) == sentence
 
-def test_the_command_line_says_it_too():
-    r = CliRunner(env=dict(COLUMNS='200')).invoke(app, ['train', 'seed=-1', '--out', 'nowhere'])
-    assert r.exit_code and 'seed must be at least 0, not -1.' in ' '.join(r.output.split()) and not Path('nowhere').exists()
+def test_the_command_line_says_it_too(tmp_path):
+    r = CliRunner(env=dict(COLUMNS='200')).invoke(app, ['train', 'seed=-1', '--out', str(tmp_path/'run')])
+    assert r.exit_code and 'seed must be at least 0, not -1.' in ' '.join(r.output.split()) and not (tmp_path/'run').exists()
 
 def test_every_number_of_a_run_has_limits():
     named = {k for names in LIMITS.values() for k in names}; kinds = {k: p.annotation for k, p in inspect.signature(fit).parameters.items()}
