@@ -166,7 +166,7 @@ def check(self:Augment)->None:
     for k in ('flip_x', 'flip_y', 'erase'): need(0 <= getattr(self, k) <= 1, k, 'a probability')
     for k in ('brightness', 'contrast', 'saturation'): need(0 <= getattr(self, k) <= 1, k, 'in [0, 1]')
     need(0 <= self.hue <= .5, 'hue', 'in [0, 0.5] turns')
-    need(self.fill is None or 0 <= np.min(self.fill) <= np.max(self.fill) <= 255, 'fill', 'a grey value or a colour of 0 to 255, or None')
+    need(self.fill is None or np.size(self.fill) > 0 and 0 <= np.min(self.fill) <= np.max(self.fill) <= 255, 'fill', 'a grey value or a colour of 0 to 255, or None')
 
 @patch
 def _fills(self:Augment, x:Tensor)->Tensor: # (B, C, H, W) to (B, C, 1, 1) or (C, 1, 1)

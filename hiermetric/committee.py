@@ -104,9 +104,9 @@ class KernelRidge(LeafHead):
     def kernel(self,
         x:Tensor, # (B, D) unit vectors
     )->Tensor: # (B, n)
-        return ((F.linear(x, self.weight) - 1)*(2/(self.width*self.spread))).exp_()
+        return ((F.linear(x, self.full(self.weight)) - 1)*(2/(self.width*self.full(self.spread)))).exp_()
 
-    def logits(self, emb:Tensor)->Tensor: return self.log_scale.exp()*F.linear(self.kernel(unit(emb)), self.dual)
+    def logits(self, emb:Tensor)->Tensor: return self.log_scale.exp()*F.linear(self.kernel(unit(emb)), self.full(self.dual))
 
 # %% ../nbs/09_committee.ipynb #58093c28
 @patch
@@ -176,10 +176,15 @@ def opinions(self:Committee,
     emb:Tensor, # (B, F)
 )->Tensor: # (K, B, L)
     "Logits of all members"
-    return torch.stack([head.logits(block(emb)) for block, head in zip(self.blocks, self.heads)])
+    return torch.stack([head.logits(head.full(block(emb))) for block, head in zip(self.blocks, self.heads)])
 
 @patch
 def logits(self:Committee, emb:Tensor)->Tensor: return opinion_pool(self.opinions(emb), self.log_weight, self.log_sharpness)
+
+@patch
+def learners(self:Committee)->list[tuple[EmbeddingNet, LeafHead]]:
+    "The members that learn, each with its projection; where all are solved, all"
+    return [(b, h) for b, h in zip(self.blocks, self.heads) if not h.closed] or list(zip(self.blocks, self.heads))
 
 @patch
 def loss(self:Committee,
@@ -187,8 +192,12 @@ def loss(self:Committee,
     targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
 )->Tensor: # scalar
     "Sum of the losses of the members that learn"
-    learners = [(b, h) for b, h in zip(self.blocks, self.heads) if not h.closed] or list(zip(self.blocks, self.heads))
-    return sum(head.loss(block(emb), targets) for block, head in learners)
+    return sum(head.loss(block(emb), targets) for block, head in self.learners())
+
+@patch
+def sample_weights(self:Committee, targets:Tensor)->Tensor|None:
+    first, *others = (h.sample_weights(targets) for _, h in self.learners())
+    return first if first is not None and all(o is not None and torch.equal(o, first) for o in others) else None   # one mean, if all weigh alike
 
 # %% ../nbs/09_committee.ipynb #c7006988
 @patch

@@ -4,15 +4,16 @@
 
 # %% ../nbs/15_config.ipynb #2ee8ff5b
 from __future__ import annotations
-import dataclasses, inspect, types, typing
+import dataclasses, inspect, re, types, typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import field, make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-import yaml
+import numpy as np, yaml
 from fastcore.basics import patch
-from .core import HiermetricError, atomic_path, did_you_mean, workplace
+from .core import HiermetricError, atomic_path, choice, did_you_mean, workplace
 from .datasets import DATASETS, ImageTable, folder_dataset, load_dataset
 from .features import Features
 from .heads import HEADS, EmbeddingNet
@@ -28,12 +29,13 @@ def as_kind(
 )->Any: # the same value in that type
     "Raise `TypeError` unless `value` fits"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, np.generic): value = value.item()
     if kind is Any: return value
     if origin in (typing.Union, types.UnionType):
         for k in args:
             try: return as_kind(value, k)
             except TypeError: pass
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool): return float(value)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 3.4e38: return float(value)   # as float32 holds it; not NaN
     elif kind is float and isinstance(value, str) and 'e' in value.lower():
         try: return float(value)
         except ValueError: pass
@@ -66,38 +68,62 @@ def check_settings(
     make:Callable, # what will be called with them
     skip:Sequence[str]=(), # parameters that are not for the user
     where:str='', # prefix of the names, for messages: 'head_kw.'
+    objects:bool=False, # take what no file can hold, tensors and functions, as it is
 )->dict: # the values as the signature's types
     "Raise `HiermetricError` for a setting that `make` does not have or whose type is wrong"
     parameters = {k: p for k, p in inspect.signature(make).parameters.items() if k not in skip}
-    hints, known = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make), [k for k, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    hints, known = _hints(make), [k for k, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     free, out = len(known) < len(parameters), {}
     for k, v in given.items():
         if k not in known and not free: raise HiermetricError(f"There is no setting {where + str(k)!r}; there are {', '.join(known) or 'none'}.{did_you_mean(k, known)}")
-        try: out[k] = as_kind(v, hints.get(k, Any))
-        except TypeError: raise HiermetricError(f"{where}{k} is {v!r}, and should be {kind_name(hints[k])}.") from None
+        try: out[k] = v if objects and not isinstance(v, _IN_FILES) else as_kind(v, hints.get(k, Any))
+        except TypeError: raise HiermetricError(f"{where}{k} is {v!r}, and should be {_wanted(v, hints[k])}.") from None
     return out
+
+def _wanted(v:Any, kind:Any)->str: return kind_name(kind).replace('a number', 'a finite number') if isinstance(v, float) else kind_name(kind)
+
+_IN_FILES = bool, int, float, str, list, tuple, dict, type(None), np.generic
+
+def _hints(make:Callable)->dict[str, Any]:
+    "Types by name; none where they cannot be read, as those of a class inside a function"
+    try: return typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    except NameError: return {}
 
 # %% ../nbs/15_config.ipynb #e2a6de6c
 def _head(name:str)->tuple[Callable, tuple]: return HEADS[name], ('in_features', 'taxonomy')
 
-def _inner(c:TrainConfig)->dict[str, tuple[Callable, tuple]|None]: # setting → what it is handed to, and what is not the user's; None: nothing there
+def _inner(c:TrainConfig|SimpleNamespace)->dict[str, tuple[Callable, tuple]|None]: # setting → what it is handed to, and what is not the user's; None: nothing there
     from hiermetric.augment import AUGMENTS, MIXES, SAMPLERS
     from hiermetric.backbones import create_backbone
     return dict(head_kw=_head(c.head), embed_kw=(EmbeddingNet, ('in_features', 'out_features', 'kind', 'power', 'dropout')), schedule_kw=(SCHEDULES[c.schedule], ('step', 'total', 'warmup')),
         sampler_kw=(SAMPLERS[c.sampler], ('targets', 'taxonomy', 'batch_size', 'rng')), backbone_kw=(create_backbone, ('name', 'size')),
-        augment_kw=(AUGMENTS[c.augment], ('image_size',)) if c.augment else None, mix_kw=(MIXES[c.mix], ()) if c.mix else None)
+        augment_kw=(AUGMENTS[c.augment], ('image_size',)) if isinstance(c.augment, str) else None, mix_kw=(MIXES[c.mix], ()) if c.mix else None)
 
-def _check_inner(c:TrainConfig)->None:
-    for name, target in _inner(c).items():
-        given = getattr(c, name)
-        if not given: continue
+def check_run(
+    given:dict, # settings of `fit`; what is missing has its default
+    objects:bool=True, # also take what no file can hold: tensors, functions, a `Run`
+)->dict: # the same, as their types
+    "What `fit` and a file have in common: types, and the settings of what is chosen by name"
+    out = check_settings(given, fit, objects=objects)
+    for name, target in _inner(c := SimpleNamespace(**defaults() | out)).items():
+        own = getattr(c, name)
+        if not own: continue
         if target is None: raise HiermetricError(f"{name} has settings for {name.removesuffix('_kw')}, which is not set; set it or remove {name}.")
-        checked = check_settings(given, target[0], target[1], f'{name}.')
-        if name == 'head_kw' and {'base', 'base_kw'} & set(checked):   # a head on another head
-            base = _head(checked.get('base') or inspect.signature(target[0]).parameters['base'].default)
-            checked['base_kw'] = check_settings(checked.get('base_kw') or {}, *base, 'head_kw.base_kw.')
-        setattr(c, name, checked)
-    _resolve(None if c.images else object.__new__(Features), defaults() | {k: v for k, v in c.settings.items() if k in defaults()})   # what `fit` itself would say, before anything is loaded
+        out[name] = check_settings(own, target[0], target[1], f'{name}.', objects)
+    if out.get('head_kw'): out['head_kw'] = _check_head(out['head_kw'], HEADS[c.head], 'head_kw.', objects)
+    return out
+
+def _check_head(own:dict, head:Callable, where:str, objects:bool)->dict:
+    "Settings inside the settings of a head: of what it chooses by name, a base, a loss, a miner, and of its members"
+    from hiermetric.pairs import LOSSES, MINERS
+    from hiermetric.sphere import CRITERIA
+    own, usual = dict(own), inspect.signature(head).parameters
+    for what, kw, known in (('base', 'base_kw', HEADS), ('loss', 'loss_kw', LOSSES), ('pair_loss', 'pair_kw', LOSSES), ('miner', 'miner_kw', MINERS), ('criterion', 'criterion_kw', CRITERIA)):
+        name = own.get(what, usual[what].default if what in usual else None)
+        if kw in usual and own.get(kw) and name: own[kw] = check_settings(own[kw], known[choice(what.removeprefix('pair_'), name, known)], ('in_features', 'taxonomy', 'distance') if known is MINERS else ('in_features', 'taxonomy'), f'{where}{kw}.', objects)
+        elif what in own and name: choice('head' if what == 'base' else what.removeprefix('pair_'), name, known)
+    if own.get('members'): own['members'] = tuple({'head': o.get('head')} | _check_head(check_settings({k: v for k, v in o.items() if k != 'head'}, *_head(o.get('head')), f'{where}members.', objects), HEADS[o['head']], f'{where}members.', objects) for o in own['members'])
+    return own
 
 # %% ../nbs/15_config.ipynb #bb67e3c7
 _CALL = ('data', 'out', 'resume', 'progress', 'device', 'workers', 'compile', 'channels_last')   # of `fit`, but not of a run
@@ -119,7 +145,7 @@ class _Settings:
             if dataclasses.is_dataclass(kind): v = kind(**v) if isinstance(v, dict) else v
             else:
                 try: v = as_kind(v, kind)
-                except TypeError: raise HiermetricError(f"{self._where}{k} is {v!r}, and should be {kind_name(kind)}.") from None
+                except TypeError: raise HiermetricError(f"{self._where}{k} is {v!r}, and should be {_wanted(v, kind)}.") from None
             setattr(self, k, v)
 
     @classmethod
@@ -164,7 +190,9 @@ class _Train(_Settings):
     _where = ''
 
     def __post_init__(self):
-        super().__post_init__(); _check_inner(self)
+        super().__post_init__()
+        for k, v in check_run({k: getattr(self, k) for k in defaults()}, objects=False).items(): setattr(self, k, v)
+        _resolve(None if self.images else object.__new__(Features), defaults() | {k: v for k, v in self.settings.items() if k in defaults()})   # what `fit` itself would say, before anything is loaded
 
     @property
     def settings(self)->dict[str, Any]:
@@ -177,18 +205,45 @@ TrainConfig = make_dataclass('TrainConfig', [('data', DataConfig, field(default_
 
 # %% ../nbs/15_config.ipynb #c231df4c
 class _Loader(yaml.SafeLoader):
-    "Plain values only; a key that comes twice is an error"
+    "Plain values only; a key that comes twice is an error, and so is what its own tag cannot read"
+    yaml_implicit_resolvers = {k: [o for o in v if o[0].rpartition(':')[2] not in ('int', 'float', 'timestamp')] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_object(self, node:yaml.Node, deep:bool=False)->Any:
+        try: return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            raise yaml.constructor.ConstructorError(None, None, f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]} that can be read", node.start_mark) from e
+
     def construct_mapping(self, node:yaml.MappingNode, deep:bool=False)->dict:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         if twice := [(k, n) for i, (k, (n, _)) in enumerate(zip(keys, node.value)) if k in keys[:i]]:
             raise yaml.constructor.ConstructorError(None, None, f'the key {twice[0][0]!r} comes twice', twice[0][1].start_mark)
         return super().construct_mapping(node, deep)
 
+class _Dumper(yaml.SafeDumper):
+    "What `_Loader` takes for a number is quoted where it is text"
+    yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+_WHOLE = re.compile(r'[-+]?(0|[1-9][0-9_]*)$')
+_NUMBER = re.compile(r'([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$')
+for _o in (_Loader, _Dumper):
+    _o.add_implicit_resolver('tag:yaml.org,2002:int', _WHOLE, list('-+0123456789')); _o.add_implicit_resolver('tag:yaml.org,2002:float', _NUMBER, list('-+.0123456789'))
+
 def _read(text:str, where:str)->Any:
-    try: return yaml.load(text, _Loader)
+    try: value = yaml.load(text, _Loader); _finite(value)
+    except yaml.reader.ReaderError as e: raise HiermetricError(f"{where} is no YAML that can be read: the character {chr(e.character)!r} (line {text.count(chr(10), 0, e.position) + 1}) belongs in no text.") from e
     except yaml.YAMLError as e:
         mark = getattr(e, 'problem_mark', None)
         raise HiermetricError(f"{where} is no YAML that can be read: {getattr(e, 'problem', None) or e}{f' (line {mark.line+1}, column {mark.column+1})' if mark else ''}.") from e
+    except RecursionError: raise HiermetricError(f"{where} is nested too deeply, or holds itself; a run's settings are a few levels deep.") from None
+    return value
+
+def _finite(value:Any, most:int=100_000, depth:int=50)->None:
+    "Aliases may make a value that holds itself, or is as large as one likes: `RecursionError` then"
+    todo, n = [(value, 0)], 0
+    while todo:
+        (o, d), n = todo.pop(), n + 1
+        if d > depth or n > most: raise RecursionError
+        if isinstance(o, (dict, list, tuple, set)): todo += [(v, d + 1) for v in (o.values() if isinstance(o, dict) else o)]
 
 # %% ../nbs/15_config.ipynb #f0eae646
 def override(
@@ -219,13 +274,15 @@ def load(cls:_Train,
     "A run from a file"
     if path is None: return cls.of(override({}, settings))
     path = Path(path).expanduser()
-    try: given = _read(path.read_text(encoding='utf-8'), str(path))
+    settings = list(settings)
+    try: given = _read(text := path.read_text(encoding='utf-8'), str(path))
     except FileNotFoundError:
         raise HiermetricError(f"There is no configuration {path}.{did_you_mean(path.name, [o.name for o in path.parent.glob('*.y*ml')])}") from None
     except (OSError, UnicodeDecodeError) as e: raise HiermetricError(f"The configuration {path} cannot be read ({getattr(e, 'strerror', None) or 'it is no text in UTF-8'}).") from e
-    if not isinstance(given or {}, dict): raise HiermetricError(f"{path} holds {type(given).__name__} and should hold a mapping: one `key: value` a line.")
+    if not text.strip('\ufeff \t\r\n'): raise HiermetricError(f"{path} is empty; `TrainConfig().save(…)` writes a file with every setting, and without a file all have their defaults.")
+    if given is not None and not isinstance(given, dict): raise HiermetricError(f"{path} holds {type(given).__name__} and should hold a mapping: one `key: value` a line.")
     try: return cls.of(override(given or {}, settings))
-    except HiermetricError as e: raise HiermetricError(f"{path}: {e}") from e
+    except HiermetricError as e: raise HiermetricError(f"{path}{_line(text, str(e), settings)}: {e}") from e
 
 @patch
 def to_yaml(self:_Settings)->str:
@@ -240,12 +297,22 @@ def save(self:_Settings,
     with atomic_path(path) as tmp: tmp.write_text(self.to_yaml(), encoding='utf-8')
 
 # %% ../nbs/15_config.ipynb #487981f8
+def _line(text:str, message:str, settings:Sequence[str|tuple[str,Any]])->str:
+    "', line 3' where a message is about a key of a file, and '' where it is about none, or one that was set from outside"
+    def keys(node:yaml.Node, path:str)->Iterable[tuple[str, int]]:
+        for k, v in node.value if isinstance(node, yaml.MappingNode) else ():
+            yield f'{path}{k.value}', k.start_mark.line + 1
+            yield from keys(v, f'{path}{k.value}.')
+    found = [(m.start(), -len(k), line) for k, line in keys(yaml.compose(text, _Loader), '') if (m := re.search(rf'(?<![\w.]){re.escape(k)}(?!\.?\w)', message))]
+    outside = {(o if isinstance(o, str) else o[0]).partition('=')[0].strip() for o in settings}
+    return f', line {min(found)[2]}' if found and not any(re.search(rf'(?<![\w.]){re.escape(o)}(?!\.?\w)', message) for o in outside) else ''
+
 def _lines(c:_Settings)->Iterable[str]:
     "A line a setting"
     for f in dataclasses.fields(c):
         v, about = getattr(c, f.name), f.metadata['about']
         if isinstance(v, _Settings): yield f'{f.name}:  # {about}'; yield from (f'  {line}' for line in _lines(v))
-        else: yield f'{f.name}: {yaml.safe_dump([v], default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()[1:-1]}  # {about}'
+        else: yield f'{f.name}: {yaml.dump([v], Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()[1:-1]}  # {about}'
 
 # %% ../nbs/15_config.ipynb #bb477039
 @patch

@@ -14,9 +14,9 @@ from .core import FolderKind, HiermetricError, Registry, choice
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'MODEL', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll',
-           'label_nll', 'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads',
-           'register_head', 'head_trait', 'create_head', 'Encoder', 'Model']
+__all__ = ['RANGES', 'INITS', 'EMBEDDINGS', 'HEADS', 'MODEL', 'check_embeddings', 'check_targets', 'check_numbers', 'Head',
+           'prototypes', 'subtree_nll', 'label_nll', 'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise',
+           'EmbeddingNet', 'list_heads', 'register_head', 'head_trait', 'create_head', 'Encoder', 'Model']
 
 # %% ../nbs/05_heads.ipynb #7ff37cba
 def check_embeddings(
@@ -48,6 +48,21 @@ def check_targets(
         i = bad.nonzero()[0].item()
         raise HiermetricError(f"Target {targets[i].item()} of sample {i} is no node of this taxonomy, whose ids are 0 … {len(taxonomy)-1}; targets are node ids, as tax.index(name) gives them.")
 
+# %% ../nbs/05_heads.ipynb #rng05002
+RANGES = {'at least 1': lambda v: v >= 1, 'at least 0': lambda v: v >= 0, 'above 0': lambda v: v > 0, 'at least 0 and below 1': lambda v: 0 <= v < 1,
+    'at least 0 and at most 1': lambda v: 0 <= v <= 1, 'above 0 and at most 1': lambda v: 0 < v <= 1, 'above 0 and below 2': lambda v: 0 < v < 2}
+
+def check_numbers(
+    words:str, # one of `RANGES`
+    **numbers:float|None, # by name; None may be anything
+)->None:
+    "Raise `HiermetricError` that names the first that is no finite number in the range"
+    for k, v in numbers.items():
+        if v is None: continue
+        try: fits = not isinstance(v, (bool, str)) and abs(v) < float('inf') and RANGES[words](v)
+        except TypeError: fits = False
+        if not fits: raise HiermetricError(f"{k} must be {words}, not {v}.")
+
 # %% ../nbs/05_heads.ipynb #7307cb7b
 class Head(nn.Module):
     "What every head is. A subclass sets `weight` (its prototypes) and defines `logits`, `loss` and `node_probs`; it keeps each constructor argument as an attribute of the same name"
@@ -56,6 +71,7 @@ class Head(nn.Module):
     closed: bool = False # solved by `prepare`; one epoch, for its scale, is enough
     epoch: float = 0. # how long training has gone on, in epochs; a trainer sets it, heads with a schedule read it
     rows: Tensor|None = None # (B,) which training images the batch holds; a trainer sets it, heads with a memory read it
+    parts: int = 1 # in how many parts `loss` is shown a batch; a trainer sets it, heads that count along read it
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes, chains and all: what labels and answers are about
@@ -67,6 +83,7 @@ class Head(nn.Module):
     def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
     def node_probs(self, emb:Tensor)->Tensor: raise NotImplementedError
+    def sample_weights(self, targets:Tensor)->Tensor|None: return None   # (B,) what each sample counts in `loss`, which is their weighted mean; None: the loss is no such mean
     def leaf_probs(self, emb:Tensor)->Tensor: return self.node_probs(emb)[:, self.taxonomy.tensor('leaves', emb.device)]
     def represent(self, emb:Tensor)->Tensor: return emb   # (B, D'): what neighbours are looked up by
     def prepare(self, emb:Tensor, targets:Tensor)->None: "Called once before training with all (n, D) embeddings and (n,) node ids of the training split; most heads need nothing"
@@ -141,7 +158,7 @@ def inverse_frequency(
 
 # %% ../nbs/05_heads.ipynb #45d956b5
 class LeafHead(Head):
-    "A head with one logit a leaf; a subclass defines `logits(emb)`, and may define `train_logits(emb, column, under)` or, for a loss of its own, `losses(emb, targets, column, under)`"
+    "A head with one logit a leaf; a subclass defines `logits(emb)`, and may define `train_logits(emb, column, under)` or, for a loss of its own, `losses(emb, targets, column, under)`; one with another `loss` defines `sample_weights`, too"
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves, N nodes
@@ -153,6 +170,8 @@ class LeafHead(Head):
         self.register_buffer('class_weights', w)
 
     def train_logits(self, emb:Tensor, column:Tensor, under:Tensor|None)->Tensor: return self.logits(emb)
+    def sample_weights(self, targets:Tensor)->Tensor|None: return self.weigh(*self.labels(targets))
+    def weigh(self, column:Tensor, under:Tensor|None)->Tensor: return self.class_weights[column] if under is None else (under*self.class_weights).sum(1)/under.sum(1)   # (B,)
 
     def labels(self,
         targets:Tensor, # (B,) node ids
@@ -197,7 +216,7 @@ def loss(self:LeafHead,
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
     targets = targets.long(); column, under = self.labels(targets)
     with torch.autocast(emb.device.type, enabled=False):
-        w = self.class_weights[column] if under is None else (under*self.class_weights).sum(1)/under.sum(1)
+        w = self.weigh(column, under)
         return (w*self.losses(self.full(emb), targets, column, under)).sum()/w.sum().clamp_min(torch.finfo(w.dtype).tiny)
 
 # %% ../nbs/05_heads.ipynb #f14a300e
@@ -242,6 +261,7 @@ class EmbeddingNet(nn.Module):
         if not 0 < power <= 1: raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
         if kind == 'none': out_features = in_features
         if dropout is None: dropout = 0.2 if kind in ('devnet', 'mlp', 'skip') else 0.
+        check_numbers('at least 0 and below 1', dropout=dropout); check_numbers('at least 1', in_features=in_features, out_features=out_features)
         self.in_features, self.out_features, self.kind, self.dropout, self.norm, self.power = in_features, out_features, kind, dropout, norm, power
         def block(o:int, relu:bool)->list[nn.Module]: return [nn.Linear(in_features, o), *([nn.BatchNorm1d(o)] if norm else []), *([nn.ReLU()] if relu else [])]
         hidden = [] if kind in ('linear', 'none') else block(in_features, True)
@@ -252,8 +272,9 @@ class EmbeddingNet(nn.Module):
         x:Tensor, # (B, F) features, or (B, F, 1, 1)
     )->Tensor: # (B, D)
         if x[0:1].numel() != self.in_features*len(x[0:1]): raise HiermetricError(f"Features of shape {tuple(x.shape)} do not fit an embedding of {self.in_features} features.")
-        if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; leave an incomplete last batch out.")
+        if self.training and self.norm and len(x) == 1: raise HiermetricError("BatchNorm cannot train on a batch of one sample; take larger batches, or larger parts of them, and leave an incomplete last one out.")
         x = power_normalise(x.to(torch.promote_types(x.dtype, torch.float32)), self.power)
+        x = x.to(next(self.parameters(), x).dtype)   # the power in float32 at least, the rest as the weights are
         return self.layers(x) if self.short is None else self.layers(x) + F.dropout(self.short(x.flatten(1)), self.dropout, self.training)
 
 # %% ../nbs/05_heads.ipynb #42dddaf1
@@ -350,6 +371,7 @@ class Encoder(nn.Module):
         size:Tensor|None=None, # (B, 2) width and height of the originals; wanted with `size_input`
     )->Tensor: # (B, F) or (B, F+2)
         x = (x.float() - self.mean)/self.std
+        x = x.to(next(self.net.parameters(), x).dtype)
         z = self.net(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
         return self.append_size(z, size)
 

@@ -15,13 +15,13 @@ from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
 from .datasets import ImageTable
 from .features import Features
-from .heads import EmbeddingNet, check_embeddings, label_nll, subtree_nll
+from .heads import EmbeddingNet, check_embeddings, check_numbers, label_nll, subtree_nll
 from .aam import CombinedMargin, unit
 from .metrics import check_node_probs, check_targets
 from .decisions import Rule, _deepest, _path
 from .paths import root_path
 from .unseen import known_ancestor
-from .pairs import BoostedDeviance, ClassMeans, Decorrelation, MultiLabelSemiHard, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, mean_above_zero, relation
+from .pairs import BoostedDeviance, ClassMeans, Decorrelation, MultiLabelSemiHard, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, in_own_type, mean_above_zero, relation
 from .retrieval import kmeans, neighbours
 
 # %% auto #0
@@ -105,7 +105,7 @@ def split(self:MultiTask,
     emb:Tensor, # (B, F)
 )->list[Tensor]: # (B, D_k) each, unit vectors
     "The parts"
-    return [unit(o) for o in self.project(self.full(emb)).split(self.sizes, 1)]
+    return [unit(o) for o in self.full(self.project(self.full(emb))).split(self.sizes, 1)]
 
 @patch
 def join(self:MultiTask,
@@ -274,6 +274,7 @@ class DivideConquer(MultiTask):
         paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
         momentum:float=0.9, # of the running class means
     ):
+        check_numbers('at least 0', conquer=conquer)
         if learners < 1 or dim % learners or every < 1: raise HiermetricError(f"The dimensions are shared evenly among at least one learner, who is given images at least every epoch; got dim={dim}, learners={learners}, every={every}.")
         super().__init__(in_features, taxonomy, [dim//learners]*learners, None, block, dropout, paths, sets, momentum)
         self.learners, self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.every, self.conquer = int(learners), int(dim), pair_loss, pair_kw, miner, miner_kw, int(every), conquer
@@ -353,7 +354,8 @@ class SNDL(MultiTask):
         momentum:float=0.9, # of the running class means
     ):
         super().__init__(in_features, taxonomy, [dim], None, block, dropout, paths, sets, momentum)
-        if ce < 0: raise HiermetricError(f"The weight of the classifier must be at least 0, not {ce}.")
+        check_numbers('at least 0', ce=ce); check_numbers('above 0', sharpness=sharpness)
+        if not self.n_labels: raise HiermetricError("A head with a logit a node needs a tree with at least one node below the root.")
         self.dim, self.temperature, self.memory, self.ce, self.sharpness = int(dim), float(temperature), float(memory), float(ce), float(sharpness)
         self.criterion = NeighbourNCA(dim, self.tree, temperature, memory)
         self.classes = nn.Linear(dim, self.n_labels)   # one output a label; without `sets`, one for every node of `tree` but the root
@@ -366,7 +368,7 @@ def tasks(self:SNDL,
     x:Tensor, # (B, F) not looked at
 )->Tensor: # scalar
     "@eq-sndl"
-    z, near = self.sharpness*self.classes(parts[0]), self.criterion(parts[0], self.on_tree(targets), None, self.rows)
+    z, near = self.sharpness*in_own_type(self.classes, parts[0]), self.criterion(parts[0], self.on_tree(targets), None, self.rows)
     if targets.ndim == 2: return near + self.ce*F.binary_cross_entropy_with_logits(z, targets.to(z.dtype))
     return near + self.ce*label_nll(z[:, self.tree.tensor('leaves', z.device) - 1], *self.labels(targets)).mean()
 
@@ -485,6 +487,9 @@ def chosen(self:PartialMargin,
     luck = torch.rand(self.taxonomy.n_leaves, device=column.device)
     luck[column[column >= 0] if under is None else under.any(0)] = 2.
     return luck.topk(max(math.ceil(self.share*len(luck)), int((luck == 2).sum()))).indices
+
+@patch
+def sample_weights(self:PartialMargin, targets:Tensor)->Tensor|None: return CombinedMargin.sample_weights(self, targets) if self.share == 1 else None   # the classes of a step are those of its batch
 
 @patch
 def losses(self:PartialMargin,

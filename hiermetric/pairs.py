@@ -15,19 +15,19 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
 from fastcore.basics import patch
 from .core import HiermetricError, Registry, choice
 from .taxonomy import Taxonomy
-from .heads import LeafHead, check_targets, label_nll, prototypes
+from .heads import LeafHead, check_numbers, check_targets, label_nll, prototypes
 from .aam import unit
 from .retrieval import DISTANCES
 
 # %% auto #0
 __all__ = ['GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'check_labels', 'LibraryLoss', 'leaf_labels',
-           'known_pairs', 'triplet', 'contrastive', 'margin', 'first_bound', 'multi_similarity', 'supcon', 'ProxyNCA',
-           'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs', 'distance_weighted',
-           'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet', 'as_triplets',
-           'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets', 'nearest_at',
-           'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'Decorrelation', 'NeighbourNCA',
-           'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard', 'create_loss',
-           'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
+           'known_pairs', 'triplet', 'contrastive', 'LearntBounds', 'margin', 'first_bound', 'multi_similarity',
+           'supcon', 'ProxyNCA', 'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs',
+           'distance_weighted', 'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet',
+           'as_triplets', 'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets',
+           'nearest_at', 'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'in_own_type', 'Decorrelation',
+           'NeighbourNCA', 'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard',
+           'create_loss', 'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
 
 # %% ../nbs/13_pairs.ipynb #25e35739
 def relation(
@@ -59,6 +59,7 @@ class PairLoss(nn.Module):
     "What every loss on pairs is; a subclass defines `between(x, targets, found, rows)`"
     multi_label:bool = False # also takes multi-hot labels, (B, C)
     takes:str = 'any' # miners: 'any', 'plain' (a positive is the same, a negative is different), 'none'
+    alone:bool = False # each image's loss depends on no other image, so that a batch may come in parts
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # tree over the N nodes
@@ -140,6 +141,7 @@ def triplet(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='euclidean', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "max(0, d(a, p) − d(a, n) + margin)"
+    check_numbers('at least 0', margin=margin)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.TripletMarginLoss(margin, **kw), distance, normalise, 'any')
 
 def contrastive(in_features:int, taxonomy:Taxonomy, # D, tree
@@ -147,7 +149,18 @@ def contrastive(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='euclidean', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "max(0, d(a, p) − near) and max(0, far − d(a, n))"
+    check_numbers('at least 0', near=near); check_numbers('above 0', far=far)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.ContrastiveLoss(near, far, **kw), distance, normalise)
+
+class LearntBounds(LibraryLoss):
+    "A bound β a leaf; an anchor that is known above the leaves goes by the mean of those under it"
+    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+        labels, all_known = leaf_labels(targets, self.taxonomy)
+        if found is None or all_known or not self.loss.learn_beta: return super().between(x, targets, found, rows)
+        start, stop = (self.taxonomy.tensor(k, x.device)[targets] for k in ('leaf_start', 'leaf_stop'))
+        upto = F.pad(self.loss.beta.cumsum(0), (1, 0))
+        bounds = torch.cat([self.loss.beta, (upto[stop] - upto[start])/(stop - start)])   # as `leaf_labels` counts
+        return torch.func.functional_call(self.loss, {'beta': bounds}, (x, labels, found))
 
 def margin(in_features:int, taxonomy:Taxonomy, # D, tree
     margin:float=0.2, # on either side of the bound
@@ -156,8 +169,9 @@ def margin(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='euclidean', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "max(0, d(a, p) − β + margin) + max(0, β − d(a, n) + margin) with a bound β a class"
+    check_numbers('at least 0', margin=margin, beta=beta)
     if beta is None: beta = first_bound(distance)
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves, **kw), distance, normalise, 'any')
+    return LearntBounds(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves if learn else None, **kw), distance, normalise, 'any')
 
 def first_bound(distance:str)->float: return 1.2 if distance == 'euclidean' else 1.2**2/2   # the same place on the sphere, @eq-distance
 
@@ -168,6 +182,7 @@ def multi_similarity(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='cosine', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "Soft maxima over an anchor's positives and over its negatives"
+    check_numbers('above 0', alpha=alpha, beta=beta); check_numbers('at least 0', base=base)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.MultiSimilarityLoss(alpha, beta, base, **kw), distance, normalise)
 
 def supcon(in_features:int, taxonomy:Taxonomy, # D, tree
@@ -175,12 +190,13 @@ def supcon(in_features:int, taxonomy:Taxonomy, # D, tree
     distance:str='cosine', normalise:bool=True, # see `PairLoss`
 )->LibraryLoss:
     "Supervised contrastive: cross-entropy of an anchor's positives among all others"
+    check_numbers('above 0', temperature=temperature)
     return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), distance, normalise)
 
 # %% ../nbs/13_pairs.ipynb #2558b291
 class ProxyNCA(PairLoss):
     "One learnt point a class, and a softmax over the distances to them, @eq-proxynca"
-    takes = 'none'
+    takes, alone = 'none', True
     def __init__(self,
         in_features:int, # D
         taxonomy:Taxonomy, # L leaves
@@ -242,12 +258,14 @@ def semi_hard(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
     margin:float=0.2, # how much farther than the positive a negative may be
 )->LibraryMiner:
     "All triplets whose negative is farther than the positive, but by less than the margin"
+    check_numbers('above 0', margin=margin)
     return LibraryMiner(taxonomy, pml_miners.TripletMarginMiner(margin, type_of_triplets='semihard', distance=_Distance(distance)))
 
 def multi_similarity_pairs(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
     epsilon:float=0.1, # how far on the right side a pair may be and still count
 )->LibraryMiner:
     "Negatives nearer than the farthest positive, positives farther than the nearest negative"
+    check_numbers('at least 0', epsilon=epsilon)
     return LibraryMiner(taxonomy, pml_miners.MultiSimilarityMiner(epsilon, distance=_Distance(distance)))
 
 def distance_weighted(taxonomy:Taxonomy, distance:str='cosine', # tree; not looked at: it draws by the angle
@@ -255,6 +273,7 @@ def distance_weighted(taxonomy:Taxonomy, distance:str='cosine', # tree; not look
     far:float=1.4, # and negatives no farther than this
 )->LibraryMiner:
     "Negatives at all distances alike: drawn by one over the density of distances on the sphere"
+    check_numbers('above 0 and below 2', cutoff=cutoff); check_numbers('above 0', far=far)
     return LibraryMiner(taxonomy, pml_miners.DistanceWeightedMiner(cutoff, far))
 
 # %% ../nbs/13_pairs.ipynb #ab7b4bff
@@ -333,7 +352,7 @@ class TreeTriplet(PairLoss):
         by:str='information', # one of `GRADES`
         distance:str='euclidean', normalise:bool=True, # see `PairLoss`
     ):
-        super().__init__(in_features, taxonomy, distance, normalise)
+        super().__init__(in_features, taxonomy, distance, normalise); check_numbers('at least 0', margin=margin)
         self.margin, self.by = margin, choice('grade', by, GRADES)
 
     def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
@@ -366,7 +385,7 @@ class TreeMargin(PairLoss):
         by:str='information', # one of `GRADES`
         distance:str='euclidean', normalise:bool=True, # see `PairLoss`
     ):
-        super().__init__(in_features, taxonomy, distance, normalise)
+        super().__init__(in_features, taxonomy, distance, normalise); check_numbers('at least 0', margin=margin, beta=beta)
         self.margin, self.by = margin, choice('grade', by, GRADES)
         self.beta = nn.Parameter(torch.full((len(taxonomy),), first_bound(distance) if beta is None else float(beta)))
 
@@ -404,7 +423,7 @@ class TreeSupCon(PairLoss):
         distance:str='cosine', normalise:bool=True, # see `PairLoss`
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
-        if not power > 0 or not temperature > 0: raise HiermetricError(f"Power and temperature must be above 0, not {power} and {temperature}.")
+        check_numbers('above 0', temperature=temperature, power=power)
         self.temperature, self.power, self.by = temperature, power, choice('grade', by, GRADES)
 
     def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
@@ -473,7 +492,7 @@ class BoostedDeviance(PairLoss):
         alpha:float=2., beta:float=0.5, cost:float=25., # α and β of the deviance; c, how much more a negative counts
         decorrelate:float=0., # how strongly the parts are driven apart, see `Decorrelation`; 0: not
     ):
-        super().__init__(in_features, taxonomy, 'cosine')
+        super().__init__(in_features, taxonomy, 'cosine'); check_numbers('above 0', alpha=alpha, cost=cost); check_numbers('at least 0', decorrelate=decorrelate)
         if sizes is None: sizes = [in_features*3//16, in_features*5//16]; sizes.append(in_features - sum(sizes))
         if sum(sizes) != in_features or min(sizes) < 1: raise HiermetricError(f"The parts {list(sizes)} do not make up {in_features} features; each must be at least 1, and their sum {in_features}.")
         self.sizes, self.alpha, self.beta, self.cost, self.decorrelate = list(sizes), alpha, beta, cost, decorrelate
@@ -522,6 +541,13 @@ def reverse_gradient(
     "The same forwards, the opposite backwards"
     return _Reverse.apply(x)
 
+def in_own_type(
+    net:nn.Module, # with weights of any number type
+    x:Tensor, # of another
+)->Tensor: # in the type of `x`
+    "What a network says, asked in the type of its weights"
+    return net(x.to(next(net.parameters()).dtype)).to(x.dtype)
+
 class Decorrelation(nn.Module):
     "How well networks predict parts of an embedding from each other; the parts are trained to make it hard, @eq-decorrelation"
     def __init__(self,
@@ -536,7 +562,7 @@ class Decorrelation(nn.Module):
         parts:Sequence[Tensor], # each (B, D_i)
     )->Tensor: # scalar, at most 0
         x = [reverse_gradient(unit(o)) for o in parts]
-        return -sum((x[j]*unit(net(x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets))/max(len(x[0]), 1)
+        return -sum((x[j]*unit(in_own_type(net, x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets))/max(len(x[0]), 1)
 
 # %% ../nbs/13_pairs.ipynb #552062b9
 class NeighbourNCA(PairLoss):
@@ -553,6 +579,7 @@ class NeighbourNCA(PairLoss):
         distance:str='cosine', normalise:bool=True, # see `PairLoss`
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
+        check_numbers('above 0', temperature=temperature, power=power)
         if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
         self.temperature, self.momentum, self.graded, self.by, self.power = temperature, momentum, graded, choice('grade', by, GRADES), power
         self.register_buffer('memory', torch.zeros(0, in_features)); self.register_buffer('known', torch.zeros(0, dtype=torch.bool))
@@ -647,16 +674,17 @@ class MomentumContrast(PairLoss):
     ):
         super().__init__(in_features, taxonomy, 'cosine')
         if queue < 1: raise HiermetricError(f"The queue needs room for at least one key, not {queue}.")
+        check_numbers('at least 1', dim=dim); check_numbers('above 0', temperature=temperature); check_numbers('at least 0 and below 1', momentum=momentum)
         self.temperature, self.momentum, self.fast = temperature, momentum, nn.Linear(in_features, dim)
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
         self.register_buffer('queue', unit(torch.randn(queue, dim)))
 
     def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
         h = two_views(len(x), targets)
-        q = unit(self.fast(x[:h]))
+        q = unit(in_own_type(self.fast, x[:h]))
         with torch.no_grad():
             if self.training: follow_slowly(self.slow, self.fast, self.momentum)
-            k, before = unit(self.slow(x[h:])), self.queue
+            k, before = unit(in_own_type(self.slow, x[h:])), self.queue
             if self.training: self.queue = torch.cat([before, k.to(before.dtype)])[-len(before):]   # a new tensor: the old one is still needed backwards
         z = torch.cat([(q*k).sum(1, keepdim=True), q@before.to(q.dtype).T], 1)/self.temperature
         return F.cross_entropy(z, z.new_zeros(h, dtype=torch.int64))
@@ -672,6 +700,7 @@ def simclr(in_features:int, taxonomy:Taxonomy, # D; not looked at
     temperature:float=0.5, # of the softmax over the batch
 )->SimCLR:
     "NT-Xent over two views"
+    check_numbers('above 0', temperature=temperature)
     return SimCLR(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), 'cosine', takes='none')
 
 # %% ../nbs/13_pairs.ipynb #fe0779a6
@@ -684,7 +713,9 @@ class MultiLabelSemiHard:
         margin:float=0.2, # m
         gap:float=0., # ε, how much more the positive must share
         by:str='information', # grade of node ids, one of `GRADES`
-    ): self.taxonomy, self.distance, self.margin, self.gap, self.by = taxonomy, distance, margin, gap, choice('grade', by, GRADES)
+    ):
+        check_numbers('at least 0', margin=margin, gap=gap)
+        self.taxonomy, self.distance, self.margin, self.gap, self.by = taxonomy, distance, margin, gap, choice('grade', by, GRADES)
 
     @torch.no_grad()
     def __call__(self,
@@ -755,11 +786,12 @@ class ClassMeans(LeafHead):
     ):
         super().__init__(in_features, taxonomy)
         if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
-        self.distance, self.momentum = distance, momentum
+        self.distance, self.momentum, self.seen = distance, momentum, []
         self.register_buffer('weight', torch.zeros(taxonomy.n_leaves, dim))
         self.register_buffer('count', torch.zeros(taxonomy.n_leaves))
         self.register_buffer('scale', torch.tensor(16. if distance == 'cosine' else 8.))
 
+    def sample_weights(self, targets:Tensor)->Tensor|None: return None
     def on_tree(self, targets:Tensor)->Tensor: return targets if targets.ndim == 2 else super().on_tree(targets)   # rows of labels know no chains
 
 # %% ../nbs/13_pairs.ipynb #c6c71023
@@ -768,10 +800,13 @@ def follow(self:ClassMeans,
     x:Tensor, # (B, D') of `represent`
     targets:Tensor, # (B,) node ids
 )->None:
-    "Move the means of the classes in a batch towards it; the first time, all the way"
+    "Move the means of the classes in a batch towards it, once all its parts are there; the first time, all the way"
+    self.seen.append((x, targets))
+    if len(self.seen) < self.parts: return
+    x, targets = map(torch.cat, zip(*self.seen)); self.seen.clear()
     mean, n = class_means(x, self.on_tree(targets), self.tree)
     step = torch.where(self.count > 0, 1 - self.momentum, 1.)*(n > 0)
-    self.weight.lerp_(mean.to(self.weight.dtype), step[:, None]); self.count.add_(n)
+    self.weight.lerp_(mean.to(self.weight.dtype), step[:, None].to(self.weight.dtype)); self.count.add_(n)
 
 # %% ../nbs/13_pairs.ipynb #9fe6a0b2
 def class_means(
@@ -867,3 +902,6 @@ def loss(self:MetricHead,
             targets = self.on_tree(targets)
             found = self.miner(x, targets) if self.miner is not None and len(x) else None
         return self.criterion(emb, targets, found, rows)
+
+@patch
+def sample_weights(self:MetricHead, targets:Tensor)->Tensor|None: return torch.ones(len(targets), device=targets.device) if self.criterion.alone else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, choice
 from .taxonomy import Taxonomy
-from .heads import LeafHead, create_head, label_nll, prototypes, subtree_nll
+from .heads import LeafHead, check_numbers, create_head, label_nll, prototypes, subtree_nll
 from .aam import ArcFace, unit
 from .sphere import leaf_sums, sibling_log_softmax
 
@@ -168,6 +168,7 @@ class SimpleHierarchy(StepObjective):
         super().__init__(in_features, taxonomy, base, base_kw, class_weights)
         if not 1 <= level <= max(self.tree.height, 1): raise HiermetricError(f"Coarse classes can be at depth 1 to {self.tree.height} of this tree{'' if self.tree is taxonomy else ' without its chains'}, not at {level}.")
         if min(fine, coarse) < 0 or fine + coarse <= 0: raise HiermetricError(f"The weights of fine and coarse classes must not be negative nor both 0; got fine={fine}, coarse={coarse}.")
+        check_numbers('at least 0', fine_start=fine_start, fine_ramp=fine_ramp, coarse_start=coarse_start, coarse_ramp=coarse_ramp)
         if min(fine_start, coarse_start) > 0: raise HiermetricError(f"With fine_start={fine_start} and coarse_start={coarse_start} nothing would be learnt in the first epochs; let one of them be 0.")
         self.level, self.fine, self.coarse, self.fine_start, self.fine_ramp, self.coarse_start, self.coarse_ramp = level, fine, coarse, fine_start, fine_ramp, coarse_start, coarse_ramp
 

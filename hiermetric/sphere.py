@@ -195,6 +195,7 @@ class NodeHead(Head):
         self.register_buffer('node_weights', _node_weights(node_weights, self.tree, self.prior, taxonomy))
 
     def train_logits(self, emb:Tensor, positive:Tensor)->Tensor: return self.logits(emb)
+    def sample_weights(self, targets:Tensor)->Tensor|None: return torch.ones(len(targets), device=targets.device)
 
 # %% ../nbs/07_sphere.ipynb #ded09db7
 def _without_chains(tree:Taxonomy, whole:Taxonomy|None)->str: return '' if whole in (None, tree) else ' of the tree without chains'

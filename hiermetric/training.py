@@ -22,16 +22,16 @@ from .datasets import ImageTable
 from .backbones import Transform, _opened, _regular, _unreadable, _upright_size
 from .features import Features, _Contents, _bar, _batches, _locked
 from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
-from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
+from .heads import EmbeddingNet, Encoder, Head, Model, check_numbers, create_head, head_trait, power_normalise
 from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep', 'onecycle',
-           'constant', 'create_schedule', 'stages', 'parameter_groups', 'create_optimizer', 'split_tensors',
+__all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'LIMITS', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep',
+           'onecycle', 'constant', 'create_schedule', 'stages', 'parameter_groups', 'create_optimizer', 'split_tensors',
            'FeatureSource', 'image_size', 'decode_split', 'ImageSource', 'make_accelerator', 'kept_memory',
            'set_training', 'ema_update', 'Trainer', 'predict', 'embeddings', 'checkpoint_due', 'csv_logger',
            'json_logger', 'console_logger', 'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run',
-           'fit', 'check_identity', 'average_models']
+           'check_limits', 'fit', 'check_identity', 'average_models']
 
 # %% ../nbs/14_training.ipynb #dff66f7e
 def toy_features(
@@ -125,6 +125,8 @@ def create_schedule(
     **kw, # the schedule's own: cycles, mult, low, shrink, at, gamma, start, end
 )->Callable[[int], float]: # step to share of the full learning rate
     "A schedule by name"
+    for words, names in {'at least 1': ['cycles'], 'above 0': ['mult', 'shrink', 'gamma'], 'at least 0 and at most 1': ['low', 'start', 'end']}.items(): check_numbers(words, **{k: kw[k] for k in names if k in kw})
+    for a in kw.get('at', ()): check_numbers('at least 0', at=a)
     return partial(SCHEDULES.taking(name, kw, given=('step', 'total', 'warmup')), total=total, warmup=warmup, **kw)
 
 # %% ../nbs/14_training.ipynb #8dcc78b2
@@ -415,10 +417,9 @@ def ema_update(
 class _Step(nn.Module):
     "The loss as a forward pass, which is what processes that train together can share"
     def __init__(self, model:Model): super().__init__(); self.model = model
-    def forward(self, inputs:tuple, targets:Tensor, parts:list[tuple[float, Tensor]]|None=None)->Tensor:
+    def forward(self, inputs:tuple, labels:list[tuple[float|Tensor, Tensor]])->Tensor: # mixed images have several labels
         emb = self.model.embed(*inputs)
-        if parts is None: return self.model.head.loss(emb, targets)
-        return mixed_loss(lambda t: self.model.head.loss(emb, t), parts)   # mixed images have several labels
+        return mixed_loss(lambda t: self.model.head.loss(emb, t), labels)
 
 # %% ../nbs/14_training.ipynb #327742a6
 class Trainer:
@@ -433,13 +434,15 @@ class Trainer:
         self.settings = cfg = settings
         self.acc, self.train, self.val, self.model = acc, train, val, model.to(acc.device)
         share = acc.num_processes*cfg['accumulate']
-        self.batch = min(cfg['batch_size'], len(train))//share*share
-        if not self.batch or cfg['batch_size'] % share: raise HiermetricError(f"A batch of {cfg['batch_size']} cannot be shared evenly by {acc.num_processes} processes in {cfg['accumulate']} parts; make batch_size a multiple of {share}.")
+        self.batch = min(cfg['batch_size'], len(train))//acc.num_processes*acc.num_processes
+        if self.batch < share or cfg['batch_size'] % share: raise HiermetricError(f"A batch of {cfg['batch_size']} cannot be shared evenly by {acc.num_processes} processes in {cfg['accumulate']} parts; make batch_size a multiple of {share}.")
+        if cfg['accumulate'] > 1 and model.head.sample_weights(torch.as_tensor(train.targets[:1], device=acc.device)) is None: raise HiermetricError(f"accumulate={cfg['accumulate']} shows a batch in parts, and the loss of the head {cfg.get('head', type(model.head).__name__)!r} with these settings looks at a batch as a whole (pairs, triplets, a memory, classes drawn for it). Take accumulate=1 with a batch_size that fits, or a loss that looks at one image at a time: a classifier, or head='metric' with loss='proxy_nca'.")
         self.sample = self._sampler()
         self.steps = len(train)//self.batch if cfg['sampler'] == 'shuffle' else len(self.sample(0))
         self.share = self._schedule()
         groups = parameter_groups(model, cfg['weight_decay'], cfg['layer_decay'])
         self.scales, self.opt = [g['scale'] for g in groups], create_optimizer(cfg['optimizer'], groups, cfg['lr'], cfg['momentum'], acc.device)
+        self.heads = [o for o in model.head.modules() if isinstance(o, Head)]   # its members, too
         self.look('prepare', train)
         self.average = None if cfg['ema'] is None else copy.deepcopy(model, {id(model.taxonomy): model.taxonomy}).requires_grad_(False)
         self.mix = create_mix(cfg['mix'], **cfg['mix_kw'] or {}) if cfg['mix'] else None
@@ -500,36 +503,59 @@ def train_epoch(self:Trainer)->float: # mean training loss
     with _seeded(_draw(cfg['seed'], 1+self.epoch), acc.device):
         rows = self.sample(self.epoch)
         if self.step and self.rng: self._set_rng()
-        mine = rows[self.step:].reshape((self.steps - self.step)*cfg['accumulate'], acc.num_processes, -1)[:, acc.process_index].repeat(1, cfg['views'])
+        mine = rows[self.step:].reshape(self.steps - self.step, acc.num_processes, -1)[:, acc.process_index].repeat(1, cfg['views'])
         batches = zip(mine.to(acc.device), self.train.batches(mine, self.epoch))
         while self.step < self.steps:
             at = self.epoch*self.steps + self.step
             self.lr = cfg['lr']*self.share(at)
             for g, scale in zip(self.opt.param_groups, self.scales): g['lr'] = self.lr*scale
-            self.model.head.epoch = self.epoch + self.step/self.steps
+            self._tell(epoch=self.epoch + self.step/self.steps, parts=cfg['accumulate'])
             if acc.num_processes > 1: torch.manual_seed(_draw(cfg['seed'], 1+self.epoch, 1+self.step, acc.process_index))   # masks of its own
-            for part in range(cfg['accumulate']):
-                self.model.head.rows, batch = next(batches)
-                self._backward(*batch, last=part == cfg['accumulate'] - 1)
+            for k, part in enumerate(self._parts(*next(batches)), 1): self._backward(*part, last=k == cfg['accumulate'])
             if cfg['clip_norm'] is not None: acc.clip_grad_norm_(self.model.parameters(), cfg['clip_norm'])
             self.opt.step(); self.opt.zero_grad()
             if self.average is not None: ema_update(self.average, self.model, cfg['ema'], at)
             self.step += 1
             self.after_step()
-    self.model.head.rows = None
+    self._tell(rows=None, parts=1)
     return self.mean_loss()
 
 @patch
-def _backward(self:Trainer, inputs:tuple, targets:Tensor, last:bool)->None:
+def _tell(self:Trainer, **what)->None:
+    "What a head reads, set on it and on its members"
+    for head in self.heads:
+        for k, v in what.items(): setattr(head, k, v)
+
+@patch
+def _parts(self:Trainer, rows:Tensor, batch:tuple)->Iterator[tuple[Tensor, tuple, list]]: # rows, inputs and (weight, labels), `accumulate` times
+    "A batch, mixed as a whole, in parts that weigh together what it weighs, @eq-parts-of-a-batch"
+    inputs, targets = batch; labels, n = [(1., targets)], self.settings['accumulate']
+    if self.mix is not None:
+        x, labels = self.mix(inputs[0], targets, self.model.taxonomy); inputs = (x, *inputs[1:])
+    shares = [w*self._shares(t) for w, t in labels]
+    for k, (r, *own) in enumerate(zip(*(o.tensor_split(n) for o in (rows, *inputs, *(t for _, t in labels))))):
+        yield r, tuple(own[:len(inputs)]), [(s[k], t) for s, t in zip(shares, own[len(inputs):])]
+
+@patch
+def _shares(self:Trainer, targets:Tensor)->Tensor: # (accumulate,), 1 in sum and on average over the processes
+    "What each part of a batch weighs in all of it, the other processes' shares included"
+    acc, n = self.acc, self.settings['accumulate']
+    if n*acc.num_processes == 1 or (w := self.model.head.sample_weights(targets)) is None: return torch.ones(n, device=targets.device)
+    w = torch.stack([o.sum() for o in w.tensor_split(n)])
+    whole = acc.reduce(w.sum(), 'sum') if acc.num_processes > 1 else w.sum()
+    return acc.num_processes*w/whole.clamp_min(torch.finfo(w.dtype).tiny)
+
+@patch
+def _backward(self:Trainer, rows:Tensor, inputs:tuple, labels:list, last:bool)->None:
     "Gradients of one part of a batch, added to those of the parts before"
-    acc, parts = self.acc, None
-    with nullcontext() if last else acc.no_sync(self.net):
-        if self.mix is not None:
-            x, parts = self.mix(inputs[0], targets, self.model.taxonomy)
-            inputs = (x, *inputs[1:])
-        with acc.autocast(): loss = self.net(inputs, targets, parts)
-        if self.settings['accumulate'] > 1: loss = loss/self.settings['accumulate']
-        acc.backward(loss)
+    self._tell(rows=rows)
+    with nullcontext() if last else self.acc.no_sync(self.net):
+        try:
+            with self.acc.autocast(): loss = self.net(inputs, labels)
+        except ValueError as e:
+            if 'more than 1 value per channel' not in str(e): raise
+            raise HiermetricError(f"A batch norm cannot learn from a single image: {self.batch} go into a batch here, in {self.settings['accumulate']} parts, shared by {self.acc.num_processes} processes. Take a larger batch_size, or freeze_bn=True.") from e
+        self.acc.backward(loss)
     self.total += loss.detach()
 
 @patch
@@ -570,7 +596,7 @@ def _set_rng(self:Trainer)->None:
 # %% ../nbs/14_training.ipynb #3fbeb65d
 def predict(
     model:Model, # trained or not; left in eval mode
-    x:Tensor|Features|ImageTable, # (n, F) features, or data with a split
+    x:Tensor|np.ndarray|Features|ImageTable, # (n, F) features of any number type, or data with a split
     split:str|None=None, # of features or images: 'val', 'test' …
     batch_size:int|None=None, # rows at a time; None: 4096 of features, 256 of images
     tta:str|None=None, # test-time augmentation of images: the mean over these `tta_views`, 'plankton' or 'natural'
@@ -582,16 +608,19 @@ def predict(
     return _over(model, lambda pixels, *size: views.node_probs(lambda v: model.node_probs(v, *size), pixels), x, split, batch_size)
 
 def embeddings(
-    model:Model, x:Tensor|Features|ImageTable, split:str|None=None, batch_size:int|None=None, # as for `predict`
+    model:Model, x:Tensor|np.ndarray|Features|ImageTable, split:str|None=None, batch_size:int|None=None, # as for `predict`
 )->Tensor: # (n, D') float32, on the CPU
     "Where the model puts every row: what neighbours are looked up by"
     return _over(model, model.represent, x, split, batch_size)
 
 @torch.inference_mode()
-def _over(model:Model, ask:Callable, x:Tensor|Features|ImageTable, split:str|None, batch_size:int|None)->Tensor:
+def _over(model:Model, ask:Callable, x:Tensor|np.ndarray|Features|ImageTable, split:str|None, batch_size:int|None)->Tensor:
     "All answers, batch by batch"
     model.eval()
     device = next(model.parameters()).device
+    if isinstance(x, (np.ndarray, list, tuple)):
+        try: x = torch.as_tensor(np.asarray(x))
+        except (TypeError, ValueError) as e: raise HiermetricError(f"Features are rows of numbers, (n, F), and this is no array of them ({e}).") from e
     if isinstance(x, Tensor): return torch.cat([ask(o.to(device)).float().cpu() for o in x.split(batch_size or FeatureSource.big)])
     source = FeatureSource(x, split, device=device) if isinstance(x, Features) else ImageSource(x, split, model.encoder.transform, device, size_input=model.encoder.size_input)
     with nullcontext() if isinstance(x, Features) else kept_memory(device):
@@ -619,7 +648,7 @@ def advance(self:Trainer)->dict[str, Any]: # the epoch's row of the history
     start = time.perf_counter()
     row = {'epoch': self.epoch, 'loss': self.train_epoch(), **self.validate()}
     value = row['val_top1'] if self.settings['monitor'] == 'top1' else -row['val_nll']
-    if value > self.best_value:
+    if value > self.best_value or not self.best:
         self.best_value, self.best_epoch = value, self.epoch
         self.best = {k: v.detach().cpu().clone() for k,v in self.judged.state_dict().items()}
     self.epoch, self.step, self.total, self.rng = self.epoch + 1, 0, torch.zeros_like(self.total), None
@@ -706,16 +735,26 @@ def console_logger(out:Path|None, settings:dict, history:list)->Callable[[dict|N
 
 # %% ../nbs/14_training.ipynb #7a7ffd11
 def wandb_logger(out:Path|None, settings:dict, history:list)->Callable[[dict|None], None]:
-    "A Weights & Biases run; offline where nobody is logged in"
+    "A Weights & Biases run; offline where nobody is logged in or nothing can be reached"
     try: import wandb
     except ImportError as e: raise HiermetricError("Logging to wandb needs it installed: pip install wandb.") from e
-    mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
-    run, rows = wandb.init(project='hiermetric', config=settings, dir=out, mode=mode, reinit='create_new', settings=wandb.Settings(silent=True)), list(history)
+    start = partial(wandb.init, project='hiermetric', config=settings, dir=out, reinit='create_new', settings=wandb.Settings(silent=True, init_timeout=30))
+    rows = list(history)
+    try: run = start(mode=os.environ.get('WANDB_MODE') or ('online' if _wandb_key() else 'offline'))
+    except wandb.errors.Error as e:
+        warnings.warn(f"Weights & Biases does not answer ({str(e).splitlines()[0]}); this run is logged offline, and `wandb sync` sends it later.", stacklevel=3)
+        run = start(mode='offline')
     def log(row:dict|None)->None:
         if row is not None: rows.append(row); return run.log({k: v for k,v in row.items() if k != 'epoch'}, step=row['epoch'])
         if rows: run.log({'history': wandb.Table(dataframe=pd.DataFrame(rows))} | {p.stem: wandb.Image(str(p)) for p in (sorted(out.glob('*.png')) if out else ())})
         run.finish()
     return log
+
+def _wandb_key()->bool:
+    "Whether somebody is logged in: by environment, or by a netrc file, as `wandb login` writes it"
+    import wandb
+    from requests.utils import get_netrc_auth
+    return bool(os.environ.get('WANDB_API_KEY') or get_netrc_auth(wandb.setup().settings.base_url))
 
 def tensorboard_logger(out:Path|None, settings:dict, history:list)->Callable[[dict|None], None]:
     "Event files in `out/tensorboard`"
@@ -899,6 +938,16 @@ def _loop(trainer:Trainer, out:Path|None, identity:dict, listeners:Sequence[Call
             for listen in listeners: listen(row)
             keep(); tell(row)
 
+# %% ../nbs/14_training.ipynb #lim17002
+LIMITS = {'at least 1': ('epochs', 'batch_size', 'embed_dim', 'patience', 'views', 'accumulate', 'image_size'), 'at least 0': ('seed', 'unfreeze_at', 'workers', 'weight_decay'), 'above 0': ('lr', 'clip_norm'),
+    'at least 0 and below 1': ('momentum', 'dropout'), 'at least 0 and at most 1': ('warmup',), 'above 0 and at most 1': ('power', 'ema', 'layer_decay')}
+
+def check_limits(
+    settings:dict, # names and numbers; None, and what has no limits, may be anything
+)->None:
+    "Raise `HiermetricError` that names the first number outside of `LIMITS`"
+    for words, names in LIMITS.items(): check_numbers(words, **{k: settings.get(k) for k in names})
+
 # %% ../nbs/14_training.ipynb #d09ef631
 def fit(
     data:Features|ImageTable, # cached features, or images from `load_dataset`; with splits 'train' and 'val'
@@ -953,7 +1002,12 @@ def fit(
     embed_kw:dict|None=None, # more for `EmbeddingNet`
 )->Run: # best weights, history, timing
     "Train an embedding and a head on cached features, or a whole network on images"
+    if not isinstance(data, (Features, ImageTable)): raise HiermetricError(f"`fit` takes features, as `extract` gives them, or a table of images, as `load_dataset` does, not {type(data).__name__}.")
     cfg = _resolve(data, {k: v for k,v in locals().items() if k not in _OUTSIDE})
+    _look_over(dict(workers=workers, device=device, resume=resume, compile=compile, channels_last=channels_last))
+    if not isinstance(log, (list, tuple)): raise HiermetricError(f"log is a list of loggers, such as log=('csv', 'console'), not {log!r}.")
+    for o in log: callable(o) or choice('logger', o, loggers)
+    if out is not None and Path(out).exists() and not Path(out).is_dir(): raise HiermetricError(f"{out} is a file, and `out` names a folder; choose another.")
     first, cfg['start'] = _weights_of(start)
     checkpoint_due(every := checkpoint_every if checkpoint_every is not None else 5 if isinstance(data, Features) else '10 minutes')
     acc, out = make_accelerator(device, precision), Path(out) if out is not None else None
@@ -990,9 +1044,15 @@ _OUTSIDE = ('data', 'out', 'resume', 'checkpoint_every', 'log', 'progress', 'dev
 _IMAGES_ONLY = ('backbone', 'backbone_kw', 'image_size', 'augment', 'augment_kw', 'mix', 'mix_kw', 'freeze', 'unfreeze_at', 'freeze_bn', 'layer_decay', 'size_input')
 _ALWAYS = ('head', 'embedding', 'embed_dim', 'power', 'dropout', 'epochs', 'batch_size', 'lr', 'weight_decay', 'warmup', 'patience', 'monitor', 'seed', 'precision', 'head_kw', 'embed_kw')
 
+def _look_over(given:dict)->dict:
+    "Settings as their types, and their numbers within limits"
+    from hiermetric.config import check_run   # which is made from this module's `fit`
+    given = check_run(given); check_limits(given)
+    return given
+
 def _resolve(data:Features|ImageTable, cfg:dict)->dict:
     "Settings with nothing left open, looked over"
-    pictures, base = not isinstance(data, Features), defaults()
+    pictures, base, cfg = not isinstance(data, Features), defaults(), _look_over(cfg)
     if not pictures and (bad := [k for k in _IMAGES_ONLY if cfg[k] != base[k]]): raise HiermetricError(f"{bad[0]} is a setting for images; features have left their backbone. Give `fit` the table of images instead.")
     for what, known in dict(monitor=('nll', 'top1'), freeze=('none', 'backbone'), schedule=SCHEDULES, optimizer=OPTIMIZERS).items(): choice(what, cfg[what], known)
     usual = dict(batch_size=64, weight_decay=.05, power=1., dropout=.2) if pictures else dict(batch_size=256, weight_decay=1., power=.5, dropout=.5)
@@ -1000,8 +1060,6 @@ def _resolve(data:Features|ImageTable, cfg:dict)->dict:
     if cfg['embedding'] == 'none': usual['dropout'] = 0.
     cfg |= {k: v for k, v in usual.items() if cfg[k] is None}
     if head_trait(cfg['head'], 'closed'): cfg['epochs'] = 1
-    if bad := [k for k in ('epochs', 'batch_size', 'lr', 'accumulate', 'views', 'image_size', 'ema', 'clip_norm', 'layer_decay') if cfg[k] is not None and not cfg[k] > 0]: raise HiermetricError(f"{bad[0]} must be above 0.")
-    if bad := [k for k in ('ema', 'layer_decay', 'warmup') if cfg[k] is not None and cfg[k] > 1]: raise HiermetricError(f"{bad[0]} is a share and cannot be above 1.")
     if cfg['unfreeze_at'] is not None and cfg['freeze'] == 'none': raise HiermetricError("unfreeze_at says when a frozen backbone begins to learn; freeze it first with freeze='backbone'.")
     create_schedule(cfg['schedule'], 1, 0, **cfg['schedule_kw'] or {})
     return cfg

@@ -48,7 +48,7 @@ def test_values_that_do_not(value, kind):
 # --- round trips
 
 texts = st.text(st.characters(blacklist_categories=('Cs', 'Cc')), max_size=12)
-@given(st.fixed_dictionaries({}, optional=dict(lr=st.floats(1e-9, 10), epochs=st.integers(1, 10**6), patience=st.none() | st.integers(0, 99),  log=st.lists(texts, max_size=3), checkpoint_every=st.none() | st.integers(1, 9) | texts,
+@given(st.fixed_dictionaries({}, optional=dict(lr=st.floats(1e-9, 10), epochs=st.integers(1, 10**6), patience=st.none() | st.integers(1, 99),  log=st.lists(texts, max_size=3), checkpoint_every=st.none() | st.integers(1, 9) | texts,
     data=st.fixed_dictionaries({}, optional=dict(name=texts, taxonomy=st.none() | texts, held_out=st.integers(0, 9) | st.lists(texts, max_size=3), val=st.floats(0, 1))))))
 @settings(max_examples=30, deadline=None)
 def test_round_trip(values):
@@ -80,7 +80,7 @@ def test_a_file_for_every_model_of_the_thesis():
     ('schedule: cosin', "Did you mean 'cosine'"), ('schedule: multistep\nschedule_kw: {gama: 1}', "Did you mean 'gamma'"), ('augment: planktn', "Did you mean 'plankton'"), ('images: true\naugment: plankton\naugment_kw: {area: [1, 2, 3]}', 'augment_kw.area is .1, 2, 3., and should be a list of 2'),
     ('augment_kw: {area: [1, 2]}', 'augment_kw has settings for augment, which is not set'), ('mix: mixup\nmix_kw: {beta: 1}', "'mix_kw.beta'"), ('sampler: ballanced', "Did you mean 'balanced'"), ('sampler: balanced\nsampler_kw: {q: 1}', "'sampler_kw.q'; there are none"),
     ('data: {loader: {siz: 3}}', "'data.loader.siz'.*Did you mean 'size'"), ('data: {name: x/y, loader: {seed: 3}}', "'data.loader.seed'; there are fill, name"), ('data: {nam: x}', "'data.nam'. Did you mean 'name'"), ('data: {val: much}', "data.val is 'much', and should be a number"), ('data: planktonset', 'data is .planktonset., and should be a mapping'), ('lr: 1\nlr: 2', "the key 'lr' comes twice .line 2"), ('data: {val: 0.1, val: 0.2}', "the key 'val' comes twice"),
-    ('augment: plankton', 'augment is a setting for images'), ('monitor: loss', "no monitor 'loss'"), ('epochs: 0', 'epochs must be above 0'), ('optimizer: adan', "Did you mean 'adam'"),
+    ('augment: plankton', 'augment is a setting for images'), ('monitor: loss', "no monitor 'loss'"), ('epochs: 0', 'epochs must be at least 1'), ('optimizer: adan', "Did you mean 'adam'"),
     ('[1, 2]', 'holds list and should hold a mapping'), ('lr: [', 'no YAML that can be read'), ('lr: !!python/object/apply:os.system [ls]', 'no YAML that can be read'), ('3: 4', "There is no setting '3'")])
 def test_refused(tmp_path, text, says):
     (tmp_path/'c.yaml').write_text(text)

@@ -125,7 +125,7 @@ def test_a_batch_may_hold_its_images_several_times(watcher):
     assert len(steps) == len(TOY.of('train')[1])//64
     for _, rows, targets, emb in steps:
         assert len(rows) == 128 and torch.equal(rows[:64], rows[64:]) and torch.equal(targets[:64], targets[64:]) and not torch.allclose(emb[:64], emb[64:])
-    with pytest.raises(HiermetricError, match='views must be above 0'): fit(TOY, **QUICK, views=0)
+    with pytest.raises(HiermetricError, match='views must be at least 1'): fit(TOY, **QUICK, views=0)
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=40))
@@ -225,7 +225,7 @@ def test_bad_features_are_refused_by_name():
 
 def test_bad_settings_are_refused_by_name():
     for kw, text in ((dict(head='arcfase'), "Did you mean 'arcface'"), (dict(monitor='auc'), "no monitor 'auc'"), (dict(device='tpu'), "no device 'tpu'"), (dict(precision='fp4'), "no precision 'fp4'"),
-                     (dict(log=('cvs',)), "Did you mean 'csv'"), (dict(embedding='linaer'), "Did you mean 'linear'"), (dict(head_kw=dict(margin=1)), "has no setting 'margin'"), (dict(epochs=0), 'epochs')):
+                     (dict(log=('cvs',)), "Did you mean 'csv'"), (dict(embedding='linaer'), "Did you mean 'linear'"), (dict(head_kw=dict(margin=1)), "no setting 'head_kw.margin'; there are"), (dict(epochs=0), 'epochs')):
         with pytest.raises(HiermetricError, match=text): fit(TOY, **{**QUICK, **kw})
 
 def test_diverged_run_says_so():
@@ -324,7 +324,7 @@ def test_schedules_climb_first_and_stay_within_bounds(name):
 def test_fit_follows_its_schedule_and_milestones_in_epochs():
     run = fit(TOY, **QUICK, schedule='multistep', schedule_kw=dict(at=[2, 4], gamma=.1), warmup=0., patience=None)
     assert list(run.history.lr) == pytest.approx([1e-2]*2 + [1e-3]*2 + [1e-4]*2)
-    with pytest.raises(HiermetricError, match="has no setting 'cycle'"): fit(TOY, **QUICK, schedule='sgdr', schedule_kw=dict(cycle=2))
+    with pytest.raises(HiermetricError, match="no setting 'schedule_kw.cycle'; there are cycles"): fit(TOY, **QUICK, schedule='sgdr', schedule_kw=dict(cycle=2))
 
 def by_hand(optimizer, wd, clip=None, ema=None, momentum=.9):
     "The same training, written down without a trainer"
@@ -619,7 +619,7 @@ def test_settings_for_images_are_refused_for_features():
     for kw in (dict(augment='natural'), dict(freeze='backbone'), dict(layer_decay=.5), dict(backbone='resnet18')):
         with pytest.raises(HiermetricError, match=f'{next(iter(kw))} is a setting for images'): fit(TOY, **QUICK, **kw)
 
-@pytest.mark.parametrize('kw,text', [(dict(optimizer='adamv'), "Did you mean"), (dict(schedule='cosin'), "Did you mean 'cosine'"), (dict(accumulate=3), 'multiple of 3'), (dict(ema=1.5), 'ema is a share'),
+@pytest.mark.parametrize('kw,text', [(dict(optimizer='adamv'), "Did you mean"), (dict(schedule='cosin'), "Did you mean 'cosine'"), (dict(accumulate=3), 'multiple of 3'), (dict(ema=1.5), 'ema must be above 0 and at most 1'),
     (dict(clip_norm=0.), 'clip_norm must be above 0'), (dict(checkpoint_every='7 stops'), 'unit of checkpoint_every'), (dict(checkpoint_every=0), 'checkpoint_every must be above 0'), (dict(log=('jsn',)), "Did you mean 'json'")])
 def test_more_bad_settings(kw, text, tmp_path):
     with pytest.raises(HiermetricError, match=text): fit(TOY, **QUICK, **kw)
@@ -667,16 +667,17 @@ TWO = textwrap.dedent("""
     def train(out):
         torch.set_num_threads(1)
         assert make_accelerator('cpu').num_processes == 2
-        fit(TOY, 'arcface', **QUICK, dropout=0., out=f'{out}/features', accumulate=2)
+        fit(TOY, 'arcface', **WEIGHED, out=f'{out}/features', accumulate=2)
         fit(squares(f'{out}/images'), **SHARED, out=f'{out}/run')
     debug_launcher(train, (sys.argv[1],), num_processes=2)
 """)
+WEIGHED = dict(QUICK, dropout=0., head_kw=dict(class_weights=[1. + 4*(i % 3) for i in range(TAX.n_leaves)]))   # by the whole batch
 SHARED = dict(IMAGES, freeze='backbone', unfreeze_at=1, freeze_bn=True, dropout=0., ema=.9, epochs=2)
 
 def test_two_processes_are_one_within_rounding(tmp_path):
     squares(tmp_path/'images')
     subprocess.run([sys.executable, '-c', TWO, str(tmp_path)], check=True, cwd=Path(__file__).parents[1], env=os.environ | {'PYTHONPATH': os.pathsep.join(['.', *sys.path])}, timeout=300, stdout=subprocess.DEVNULL)
-    for name, one in (('features', fit(TOY, 'arcface', **QUICK, dropout=0.)), ('run', fit(squares(tmp_path/'images'), **SHARED))):
+    for name, one in (('features', fit(TOY, 'arcface', **WEIGHED)), ('run', fit(squares(tmp_path/'images'), **SHARED))):
         two = load_run(tmp_path/name, one.model.taxonomy)
         assert len(two.history) == len(one.history) and np.allclose(one.history[['loss', 'val_nll', 'lr']], two.history[['loss', 'val_nll', 'lr']], atol=1e-3)
         a, b = weights(one), weights(two)
