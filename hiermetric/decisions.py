@@ -18,7 +18,7 @@ from .core import HiermetricError, Registry, choice
 from .paths import leaf_counts
 from .metrics import _rows, calibration_bins, check_node_probs, check_targets, expected_calibration_error, leaf_distribution, negative_log_likelihood, per_sample
 from .sphere import _max_into, path_sums, path_targets, sibling_log_softmax
-from .taxonomy import Taxonomy, _over_path, _over_subtree
+from .taxonomy import Taxonomy, _over_path, _over_subtree, _whole
 
 # %% auto #0
 __all__ = ['IMAGINARY', 'Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE',
@@ -216,7 +216,7 @@ class ExpectedCost(Rule):
     def __init__(self,
         price:float=.1, # of a level of vagueness, in levels of mistake; 0 says the root, from 1 on only leaves are said
     ):
-        if not price >= 0: raise HiermetricError(f"The price of vagueness is {price!r}; it must be a number from 0 (the root is said) to 1 (a leaf is said).")
+        if not isinstance(price, (int, float, np.number)) or not 0 <= price < math.inf: raise HiermetricError(f"The price of vagueness is {price!r}; it must be a number from 0 (the root is said) to 1 (a leaf is said).")
         self.price = price
 
     def _answer(self, p:Tensor)->Tensor:
@@ -629,9 +629,10 @@ def class_ratios(
     "How much more frequent every class is among the new images, estimated [@saerens2002adjusting]"
     p = leaf_distribution(check_node_probs(node_probs, tax), tax).double(); t = check_targets(targets, tax)
     if (tax.heights[t] > 0).any(): t = t[tax.heights[t] == 0]
+    if not len(p): raise HiermetricError("There are no new images to learn their mix of classes from.")
     old = torch.as_tensor(np.bincount(tax.leaf_column[t], minlength=tax.n_leaves) + .5, device=p.device); old = old/old.sum()
     new = old
-    for _ in range(rounds): shares = p*(new/old); new = (shares/shares.sum(1, keepdim=True)).mean(0)
+    for _ in range(_whole('The number of rounds', rounds, 0)): shares = p*(new/old); new = (shares/shares.sum(1, keepdim=True)).mean(0)
     return (tax.node_probs(new)/tax.node_probs(old)).cpu().numpy()
 
 # %% ../nbs/11_decisions.ipynb #fe71a6df
