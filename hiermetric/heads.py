@@ -387,7 +387,14 @@ class Model(nn.Module):
 
     @property
     def taxonomy(self)->Taxonomy: return self.head.taxonomy
-    def embed(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.embedding(x if self.encoder is None else self.encoder(x, size))
+    def embed(self,
+        x:Tensor|np.ndarray, # (B, F) features, or pixels where there is an encoder
+        size:Tensor|np.ndarray|None=None, # (B, 2) width and height of the originals, where the encoder wants them
+    )->Tensor: # (B, D)
+        here = next(self.parameters(), torch.empty(0)).device   # arrays become tensors where the model is
+        x, size = (o if o is None or isinstance(o, Tensor) else torch.as_tensor(o, device=here) for o in (x, size))
+        return self.embedding(x if self.encoder is None else self.encoder(x, size))
+
     def represent(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.head.represent(self.embed(x, size))
     def forward(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.head(self.embed(x, size))
     def loss(self, x:Tensor, targets:Tensor, size:Tensor|None=None)->Tensor: return self.head.loss(self.embed(x, size), targets)
