@@ -18,7 +18,7 @@ from .core import HiermetricError, Registry, choice
 from .paths import leaf_counts
 from .metrics import _rows, calibration_bins, check_node_probs, check_targets, expected_calibration_error, leaf_distribution, negative_log_likelihood, per_sample
 from .sphere import _max_into, path_sums, path_targets, sibling_log_softmax
-from .taxonomy import Taxonomy, _over_path, _over_subtree, _whole
+from .taxonomy import Taxonomy, _over_path, _over_subtree, _whole_number
 
 # %% auto #0
 __all__ = ['IMAGINARY', 'Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE',
@@ -632,7 +632,7 @@ def class_ratios(
     if not len(p): raise HiermetricError("There are no new images to learn their mix of classes from.")
     old = torch.as_tensor(np.bincount(tax.leaf_column[t], minlength=tax.n_leaves) + .5, device=p.device); old = old/old.sum()
     new = old
-    for _ in range(_whole('The number of rounds', rounds, 0)): shares = p*(new/old); new = (shares/shares.sum(1, keepdim=True)).mean(0)
+    for _ in range(_whole_number('The number of rounds', rounds, 0)): shares = p*(new/old); new = (shares/shares.sum(1, keepdim=True)).mean(0)
     return (tax.node_probs(new)/tax.node_probs(old)).cpu().numpy()
 
 # %% ../nbs/11_decisions.ipynb #fe71a6df

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, Registry
-from .taxonomy import Taxonomy, _hues, _whole
+from .taxonomy import Taxonomy, _hues, _whole_number
 from .backbones import Backbone, Transform, create_backbone, read_image
 from .features import Features
 from .heads import Head, LeafHead, Model, check_embeddings
@@ -357,7 +357,7 @@ def umap_layout(
     except ImportError as e: raise HiermetricError("UMAP is not installed; `pip install umap-learn` brings it.") from e
     from sklearn.decomposition import PCA
     import warnings
-    x, neighbours, dims = _directions(emb).numpy(), _whole('The number of neighbours', neighbours, 2), _whole('The number of dimensions', dims)
+    x, neighbours, dims = _directions(emb).numpy(), _whole_number('The number of neighbours', neighbours, 2), _whole_number('The number of dimensions', dims)
     if len(x) <= neighbours: raise HiermetricError(f"{len(x)} embeddings are too few for {neighbours} neighbours; give more, or lower neighbours.")
     if dims < min(x.shape): x = PCA(dims, random_state=seed).fit_transform(x)
     if len(x) < 4: kwargs.setdefault('init', 'random')   # the spectral start wants four points
@@ -500,7 +500,7 @@ def pair_distances(
     ranks:Ranks|None=None,
 )->tuple[np.ndarray,np.ndarray]: # (pairs,) within a clade; (pairs,) between clades; both 1 − cosine
     "Distances of random pairs, within and between"
-    pairs = _whole('The number of pairs', pairs)
+    pairs = _whole_number('The number of pairs', pairs)
     clade = np.unique(lift(tax, check_targets(targets, tax, len(emb)), rank, ranks), return_inverse=True)[1]
     order, n = np.argsort(clade, kind='stable'), len(clade)
     size = np.bincount(clade); start = np.cumsum(size) - size
@@ -521,7 +521,7 @@ def overlap(
     "Shared area of two densities, @eq-overlap, by histograms"
     a, b = np.asarray(a, float), np.asarray(b, float)
     if not len(a) or not len(b) or not (np.isfinite(a).all() and np.isfinite(b).all()): raise HiermetricError("Two sets of finite numbers overlap; one of these is empty, or holds NaN or infinity.")
-    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), _whole('The number of bins', bins) + 1)
+    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), _whole_number('The number of bins', bins) + 1)
     p, q = (np.histogram(o, edges)[0]/len(o) for o in (a, b))
     return float(np.minimum(p, q).sum())
 
@@ -571,7 +571,7 @@ def cophenetic_correlation(
     "How far the geometry of the prototypes is that of the tree"
     from scipy.cluster.hierarchy import cophenet
     from scipy.spatial.distance import squareform
-    shuffles = _whole('The number of shuffles', shuffles, 0)
+    shuffles = _whole_number('The number of shuffles', shuffles, 0)
     if len(prototypes) != tax.n_leaves or tax.n_leaves < 3: raise HiermetricError(f"{len(prototypes)} prototypes do not fit a tree of {tax.n_leaves} leaves; one a leaf is wanted, in the order of tax.leaves, and at least three.")
     made = squareform(cophenet(prototype_linkage(prototypes, method)))
     x = _directions(prototypes, torch.float64); near = (1 - x@x.T).numpy()

@@ -11,7 +11,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, Registry, atomic_path, choice
-from .taxonomy import Taxonomy, _whole
+from .taxonomy import Taxonomy, _whole_number
 
 # %% auto #0
 __all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'check_embeddings', 'check_targets', 'Head', 'prototypes', 'subtree_nll', 'label_nll',
@@ -61,7 +61,7 @@ class Head(nn.Module):
         taxonomy:Taxonomy, # tree over the N nodes, chains and all: what labels and answers are about
     ):
         super().__init__()
-        self.in_features, self.taxonomy, self.tree = _whole('The number of input features of a head', in_features), taxonomy, taxonomy.chainless   # `tree`, of M nodes, is what is learnt on
+        self.in_features, self.taxonomy, self.tree = _whole_number('The number of input features of a head', in_features), taxonomy, taxonomy.chainless   # `tree`, of M nodes, is what is learnt on
 
     def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
@@ -239,7 +239,7 @@ class EmbeddingNet(nn.Module):
         choice('embedding', kind, EMBEDDINGS)
         if norm not in (None, 'batch'): raise HiermetricError(f"There is no norm {norm!r}; there are None and 'batch'.")
         if not 0 < power <= 1: raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
-        in_features = _whole('The number of features', in_features); out_features = in_features if kind == 'none' else _whole('The size of the embedding', out_features)
+        in_features = _whole_number('The number of features', in_features); out_features = in_features if kind == 'none' else _whole_number('The size of the embedding', out_features)
         if dropout is None: dropout = 0.2 if kind in ('devnet', 'mlp', 'skip') else 0.
         self.in_features, self.out_features, self.kind, self.dropout, self.norm, self.power = in_features, out_features, kind, dropout, norm, power
         def block(o:int, relu:bool)->list[nn.Module]: return [nn.Linear(in_features, o), *([nn.BatchNorm1d(o)] if norm else []), *([nn.ReLU()] if relu else [])]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torchmetrics import Metric
 from .core import HiermetricError, choice, did_you_mean
-from .taxonomy import Taxonomy, _whole
+from .taxonomy import Taxonomy, _whole_number
 
 # %% auto #0
 __all__ = ['COSTS', 'METRICS', 'mistake_cost', 'mistake_height', 'check_node_probs', 'check_targets', 'rank_leaves',
@@ -99,7 +99,7 @@ def rank_leaves(
     k:int, # leaves wanted; all L where there are fewer
 )->np.ndarray: # (B, min(k, L)) leaf columns, best first; ties in tree order
     "The `k` best leaves of each image"
-    s, k = torch.as_tensor(scores), _whole('The number of leaves wanted', k)
+    s, k = torch.as_tensor(scores), _whole_number('The number of leaves wanted', k)
     if s.ndim != 2 or not s.shape[1]: raise HiermetricError(f"Scores have the shape (images, leaves), not {tuple(s.shape)}.")
     k = min(k, s.shape[1])
     top = s.topk(min(k+1, s.shape[1]), dim=1)   # NaN comes first
@@ -141,7 +141,7 @@ def distance_floor(
 )->np.ndarray: # (B,) levels; their mean is the lowest HD@k that a ranking can reach
     "HD@k of a perfect ranker, for each image"
     node, back = np.unique(check_targets(targets, tax), return_inverse=True)
-    k, under = min(_whole('The number of leaves that are ranked', k), tax.n_leaves), tax.leaf_stop - tax.leaf_start
+    k, under = min(_whole_number('The number of leaves that are ranked', k), tax.n_leaves), tax.leaf_stop - tax.leaf_start
     if choice('cost', cost, COSTS) == 'edge_distance': return np.array([np.partition(mistake_cost(tax.leaves, i, tax, cost), k-1)[:k].mean() for i in node])[back]
     price = tax.heights if cost == 'lca_height' else tax.height - tax.depths
     taken, total = np.minimum(under[node], k), np.zeros(len(node))
@@ -299,7 +299,7 @@ def calibration_bins(
     bins:int=15, # of equal width
 )->np.ndarray: # (3, bins) a bin's images, their summed confidence, their hits
     "What a reliability diagram and the ECE are made of"
-    c, hit, n = np.asarray(confidence), np.asarray(hits, float), _whole('The number of bins', bins)
+    c, hit, n = np.asarray(confidence), np.asarray(hits, float), _whole_number('The number of bins', bins)
     if c.ndim != 1 or c.shape != hit.shape: raise HiermetricError(f"Give one confidence and one hit an image, not shapes {c.shape} and {hit.shape}.")
     for what, x in (('confidence', c), ('hit', hit)):
         if (bad := ~((x >= 0) & (x <= 1 + 1e-6))).any(): raise HiermetricError(f"The {what} of image {int(bad.argmax())} is {x[bad][0]:g}; it must lie in [0, 1]. Leave out the images that cannot be judged.")

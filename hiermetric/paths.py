@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, choice
-from .taxonomy import Taxonomy, _whole
+from .taxonomy import Taxonomy, _whole_number
 from .heads import LeafHead, check_targets, create_head, label_nll, prototypes, subtree_nll
 from .aam import ArcFace, unit
 from .sphere import leaf_sums, sibling_log_softmax
@@ -420,7 +420,7 @@ def semantic_vectors(
     dim:int, # D
 )->Tensor: # (N, D) float64; the leaves' rows have length 1
     "Vectors whose products are the similarities of the tree, @eq-semantic; the best approximation if D is below L"
-    dim = _whole('The number of dimensions', dim); heights, leaves = taxonomy.cost_matrix('lca_height', rows=range(len(taxonomy))), taxonomy.tensor('leaves')
+    dim = _whole_number('The number of dimensions', dim); heights, leaves = taxonomy.cost_matrix('lca_height', rows=range(len(taxonomy))), taxonomy.tensor('leaves')
     S = (1 - torch.as_tensor(heights).double()/max(heights[leaves].max(), 1)).clamp_min(0)   # (N, L); 0 from the topmost fork up
     Y = torch.linalg.cholesky(S[leaves])
     U = torch.linalg.solve_triangular(Y, S.T, upper=False).T

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 from .core import HiermetricError, atomic_path, choice
-from .taxonomy import Taxonomy, _whole
+from .taxonomy import Taxonomy, _whole_number
 from .aam import unit
 from .metrics import _below, _rows, check_targets
 
@@ -104,7 +104,7 @@ def neighbours(
     own:Tensor|np.ndarray|bool|None=None, # (B,) the gallery's row that is the query itself and does not count, −1 where there is none; True: row i is query i
 )->Neighbours:
     "The exact nearest rows"
-    k = _whole('The number of neighbours', k); q, g = _pair(queries, gallery, metric)
+    k = _whole_number('The number of neighbours', k); q, g = _pair(queries, gallery, metric)
     if not len(g): raise HiermetricError("The gallery is empty; nothing is near anything.")
     return _measured(_nearest(q, g, k, metric, _own(own, len(q), len(g))), q, g, metric)
 
@@ -166,7 +166,7 @@ class Index:
         effort:int=64, # of 'hnsw' and 'ivfpq': candidates kept, or cells looked into; more finds more and takes longer
     ):
         x = _ready(emb, metric, 'embeddings').numpy()
-        self.taxonomy, self.metric, self.effort, self.mapped = taxonomy, metric, _whole('The effort', effort), False
+        self.taxonomy, self.metric, self.effort, self.mapped = taxonomy, metric, _whole_number('The effort', effort), False
         self.kind = _kind(len(x)) if kind == 'auto' else choice('kind of index', kind, _KINDS)
         self.targets, self.dim, self.alive = check_targets(targets, taxonomy, len(x)), x.shape[1], np.ones(len(x), bool)
         self.ids, self.info = self._names(ids, len(x)), _origin(info)
@@ -193,7 +193,7 @@ def search(self:Index,
     own:Tensor|np.ndarray|None=None, # (B,) the row that is the query itself and does not count, −1 where there is none; 'exact' only
 )->Neighbours: # rows are places in `targets` and `ids`
     "The nearest images"
-    k = _whole('The number of neighbours', k)
+    k = _whole_number('The number of neighbours', k)
     if not len(self): raise HiermetricError("The index is empty; add images first.")
     q = _ready(queries, self.metric, 'queries', self.dim); k = min(k, len(self))
     if self.kind == 'exact':
@@ -416,7 +416,7 @@ def classify(self:Index,
 
 # %% ../nbs/13_retrieval.ipynb #441ba6e6
 def _ks(k:Sequence[int])->tuple[int,...]: # for Recall@k
-    k = tuple(_whole('The k of Recall@k', o) for o in (k if isinstance(k, Iterable) else (k,)))
+    k = tuple(_whole_number('The k of Recall@k', o) for o in (k if isinstance(k, Iterable) else (k,)))
     if not k: raise HiermetricError("Recall@k needs a k; give one at least, such as k=(1, 5).")
     return k
 
@@ -447,7 +447,7 @@ def graded_scores(
     k:int=250, # of AHP@k; K where there are fewer
 )->dict[str,Tensor]: # hp@k for k = 1, 10, 100 as far as they go, ahp@k: (B,) float64
     "Hierarchical precision, query by query"
-    k = _whole('The k of AHP@k', k); g, best = (_tensor(o).double()[:, :k].cumsum(1) for o in (gains, ideal))
+    k = _whole_number('The k of AHP@k', k); g, best = (_tensor(o).double()[:, :k].cumsum(1) for o in (gains, ideal))
     if g.shape != best.shape or g.ndim != 2: raise HiermetricError(f"Give as many ideal gains as gains, not shapes {tuple(g.shape)} and {tuple(best.shape)}.")
     hp = torch.where(best > 0, g/best.clamp_min(1e-12), math.nan)
     return {f'hp@{o}': hp[:, o-1] for o in (1, 10, 100) if o <= hp.shape[1]} | {f'ahp@{k}': hp.nanmean(1)}
@@ -487,7 +487,7 @@ def kmeans(
     seed:int=1234, # faiss's own
 )->tuple[Tensor, Tensor]: # (n,) int64, cluster of each row; (k, D) centres
     "k-means over all rows, by faiss; twice the same from the same seed"
-    x, k = _ready(emb, metric, 'embeddings'), _whole('The number of clusters', k)
+    x, k = _ready(emb, metric, 'embeddings'), _whole_number('The number of clusters', k)
     if not k <= len(x): raise HiermetricError(f"{len(x)} images fall into 1 to {len(x)} clusters, not {k}.")
     centre = _centre(x) if metric == 'euclidean' else 0.; x = x - centre
     it = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed % 2**31, spherical=metric == 'cosine', min_points_per_centroid=1, max_points_per_centroid=len(x)); it.train(x.numpy())
@@ -520,7 +520,7 @@ def retrieval_scores(
     ranks:Sequence[str|None]|None=None, # (N,) for ranks by name
 )->dict[Any,pd.DataFrame]: # by rank, 'graded' and 'labels': B rows, a column a score
     "Every score of every query"
-    k = _ks(k); graded = graded if graded is None else _whole('The K of AHP@K', graded)
+    k = _ks(k); graded = graded if graded is None else _whole_number('The K of AHP@K', graded)
     if gallery is None: gallery, gallery_targets, own = queries, targets, True
     q, g = _pair(queries, gallery, metric)
     if own and len(q) > len(g): raise HiermetricError(f"own=True says that query i is row i of the gallery, but there are {len(q)} queries and {len(g)} rows.")

@@ -373,7 +373,7 @@ def label_index(self:Taxonomy,
 # %% ../nbs/00_taxonomy.ipynb #27337557
 def _is_tensor(x:Any)->bool: return 'torch' in sys.modules and isinstance(x, sys.modules['torch'].Tensor)
 
-def _whole(
+def _whole_number(
     what:str, # what is counted, for the message: 'The number of neighbours'
     x:Any, # what was given, of any integer type
     least:int=1, # the smallest that makes sense

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastcore.basics import patch
 from .core import HiermetricError, Registry
-from .taxonomy import Taxonomy, _whole
+from .taxonomy import Taxonomy, _whole_number
 from .features import Features
 from .heads import Model
 from .aam import unit
@@ -36,7 +36,7 @@ def draw_species(
     exclude:Iterable[int]=(), # node ids that are not to be drawn
 )->np.ndarray: # (n,) node ids of leaves, ascending
     "Leaves with training images, at random"
-    n, trained = _whole('The number of species', n), np.setdiff1d(np.intersect1d(features.taxonomy.leaves, features.targets[features.split == 'train']), features.taxonomy._check_ids(list(exclude)))
+    n, trained = _whole_number('The number of species', n), np.setdiff1d(np.intersect1d(features.taxonomy.leaves, features.targets[features.split == 'train']), features.taxonomy._check_ids(list(exclude)))
     if not n < len(trained): raise HiermetricError(f"{n} species cannot be held out of {len(trained)} that have training images; at least one must go and one must stay.")
     return np.sort(np.random.default_rng(seed).choice(trained, n, replace=False))
 
@@ -121,7 +121,7 @@ def model_outputs(
     model.eval()
     known = np.ones(model.taxonomy.n_leaves, bool) if known is None else known
     device = next(model.parameters()).device
-    parts = [_outputs(model, o.to(device), known) for o in torch.as_tensor(x).split(_whole('The batch size', batch_size))]
+    parts = [_outputs(model, o.to(device), known) for o in torch.as_tensor(x).split(_whole_number('The batch size', batch_size))]
     return Outputs(*(torch.cat(o).float().cpu() for o in zip(*parts)))
 
 # %% ../nbs/12_unseen.ipynb #5412b010
@@ -194,7 +194,7 @@ class Clade(Detector):
     def __init__(self,
         steps:int=1, # edges above the best leaf; 0 is the leaf itself
     ):
-        self.steps = _whole('The steps above the best leaf', steps, 0)
+        self.steps = _whole_number('The steps above the best leaf', steps, 0)
 
     def _score(self, o:Outputs)->Tensor: return 1 - o.node_probs.gather(1, _above(o.node_probs, self.tax, self.steps)[:, None])[:, 0]
 
@@ -233,7 +233,7 @@ class KNN(Detector):
     def __init__(self,
         k:int=10, # neighbours
     ):
-        self.k = _whole('The number of neighbours k', k)
+        self.k = _whole_number('The number of neighbours k', k)
 
     def _learn(self, outputs, targets, tax):
         if len(outputs) < self.k: raise HiermetricError(f"There are {len(outputs)} training images and k={self.k} neighbours are asked for; lower k.")
@@ -455,7 +455,7 @@ class StepsUp(Placement):
         detector_kw:dict|None=None, # its settings
     ):
         super().__init__(detector, detector_kw)
-        self.steps = _whole('The steps above the best leaf', steps)
+        self.steps = _whole_number('The steps above the best leaf', steps)
 
     def _elsewhere(self, o:Outputs)->Tensor: return _above(o.node_probs, self.tax, self.steps)
 
@@ -550,7 +550,7 @@ def rehearse(
 )->list[Rehearsal]: # probabilities are tempered
     "Keep known species from models, an eighth in each of eight rounds"
     keep, species = np.flatnonzero(features.split != 'unseen'), features.taxonomy.leaves[known_leaves(features)]
-    rounds = _whole('The number of rounds', rounds)
+    rounds = _whole_number('The number of rounds', rounds)
     if not 2 <= rounds <= len(species): raise HiermetricError(f"{len(species)} known species can rehearse in 2 to {len(species)} rounds, not in {rounds}.")
     own = replace(features, x=np.asarray(features.x[keep]), targets=features.targets[keep], split=features.split[keep], paths=None if features.paths is None else features.paths[keep])
     out = []
@@ -666,7 +666,7 @@ def known_novel_curve(
     points:int=101, # limits to try, at quantiles of the novelty
 )->pd.DataFrame: # limit, falling; known, novel: shares of right answers, the second balanced over the species
     "What is gained on strangers for what is lost on acquaintances"
-    placement._check_fitted(); tax, points = placement.tax, _whole('The number of points', points, 3)
+    placement._check_fitted(); tax, points = placement.tax, _whole_number('The number of points', points, 3)
     t, u = _labels(known, targets, tax, 'The curve').numpy(), _labels(unseen, species, tax, 'The curve').numpy()
     right = known_ancestor(tax, placement.known.numpy())[u]
     s = torch.cat([placement.novelty(known), placement.novelty(unseen)]).numpy()
