@@ -1,5 +1,4 @@
 "Rows, node ids and counts are whole numbers in range, masks are masks, and everything else is refused in one sentence"
-import re
 import numpy as np, pandas as pd, pytest, torch
 from hiermetric import metrics
 from hiermetric.core import HiermetricError
@@ -7,9 +6,9 @@ from hiermetric.decisions import create_rule
 from hiermetric.explain import lift, plot_neighbours, toward_node
 from hiermetric.features import Features
 from hiermetric.heads import EmbeddingNet, create_head
-from hiermetric.metrics import evaluate, per_sample
+from hiermetric.metrics import evaluate
 from hiermetric.paths import leaf_counts
-from hiermetric.retrieval import Index, Neighbours, at_rank, ideal_gains, kmeans, neighbours, ranking_scores, retrieval_scores, tree_gains, unseen_protocol, vote_probs
+from hiermetric.retrieval import Index, Neighbours, at_rank, ideal_gains, kmeans, neighbours, ranking_scores, retrieval_scores, unseen_protocol, vote_probs
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.unseen import Outputs, create_detector, create_placement, draw_species, hold_out, node_prototypes, placement_scores
 
