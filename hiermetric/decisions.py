@@ -18,13 +18,13 @@ from .core import HiermetricError, Registry, choice
 from .paths import leaf_counts
 from .metrics import _rows, calibration_bins, check_node_probs, check_targets, expected_calibration_error, leaf_distribution, negative_log_likelihood, per_sample
 from .sphere import _max_into, path_sums, path_targets, sibling_log_softmax
-from .taxonomy import Taxonomy, _over_path, _over_subtree
+from .taxonomy import Taxonomy, _over_path, _over_subtree, _whole_number
 
 # %% auto #0
-__all__ = ['Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE', 'TopDown', 'BackOff',
-           'Threshold', 'Climb', 'MaxInfo', 'ExpectedCost', 'temper', 'Calibration', 'TemperatureScaling',
-           'LevelTemperatures', 'NodeIsotonic', 'adjust_prior', 'rank_confidence', 'rank_calibration',
-           'plot_reliability', 'bits_per_mistake', 'Guarantee', 'class_ratios', 'ConformalSet']
+__all__ = ['IMAGINARY', 'Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE',
+           'TopDown', 'BackOff', 'Threshold', 'Climb', 'MaxInfo', 'ExpectedCost', 'temper', 'Calibration',
+           'TemperatureScaling', 'LevelTemperatures', 'NodeIsotonic', 'adjust_prior', 'rank_confidence',
+           'rank_calibration', 'plot_reliability', 'bits_per_mistake', 'Guarantee', 'class_ratios', 'ConformalSet']
 
 # %% ../nbs/11_decisions.ipynb #c8ab6941
 class Rule:
@@ -216,7 +216,7 @@ class ExpectedCost(Rule):
     def __init__(self,
         price:float=.1, # of a level of vagueness, in levels of mistake; 0 says the root, from 1 on only leaves are said
     ):
-        if not price >= 0: raise HiermetricError(f"The price of vagueness is {price!r}; it must be a number from 0 (the root is said) to 1 (a leaf is said).")
+        if not isinstance(price, (int, float, np.number)) or not 0 <= price < math.inf: raise HiermetricError(f"The price of vagueness is {price!r}; it must be a number from 0 (the root is said) to 1 (a leaf is said).")
         self.price = price
 
     def _answer(self, p:Tensor)->Tensor:
@@ -278,15 +278,21 @@ class Calibration:
         if self.tax is None: raise HiermetricError(f"{type(self).__name__} has not been fitted; call `.fit(node_probs, targets, tax)` with validation data first.")
 
 # %% ../nbs/11_decisions.ipynb #bfcd2862
-def _best_temperature(loss, limits:tuple[float,float], what:str='')->float:
-    "The temperature of least `loss`, a function of its logarithm: a grid, then Brent"
-    grid = np.linspace(*np.log(limits), 13); best = int(np.argmin([loss(o) for o in grid]))
-    if best in (0, len(grid)-1): warnings.warn(f"The best temperature{what} is at the limit of the search, {np.exp(grid[best]):g}: the validation data do not tell how sure the model may be. Is it the data it was trained on, or are there very few images?", stacklevel=4)
-    return math.exp(minimize_scalar(loss, bounds=(grid[max(best-1, 0)], grid[min(best+1, len(grid)-1)]), method='bounded', options={'xatol': 1e-4}).x)
+PRIOR = 5.   # λ of @eq-map, in nats
+
+def _best_temperature(loss, limits:tuple[float,float])->float:
+    "The temperature of least `loss`, a function of its logarithm, with the prior: a grid, then Brent; exactly 1 where nothing is better"
+    cost = lambda log_t: loss(log_t) + PRIOR*abs(log_t)
+    grid = np.linspace(*np.log(limits), 13); best = int(np.argmin([cost(o) for o in grid]))
+    found = minimize_scalar(cost, bounds=(grid[max(best-1, 0)], grid[min(best+1, len(grid)-1)]), method='bounded', options={'xatol': 1e-4}).x
+    return math.exp(found) if cost(found) < cost(0.) else 1.
+
+def _warn_at_limit(T:float, limits:tuple[float,float], where:str='')->None:
+    if not 1.01*limits[0] < T < .99*limits[1]: warnings.warn(f"The temperature{where} is at the limit of the search, {T:.3g}: the validation images do not tell how sure the model may be. Is it the data that it was trained on, or are its probabilities all alike?", stacklevel=5)
 
 # %% ../nbs/11_decisions.ipynb #a063517d
 class TemperatureScaling(Calibration):
-    "One temperature for the leaf distribution, the one of least NLL [@guo2017calibration]"
+    "One temperature for the leaf distribution, the one of least NLL [@guo2017calibration] under the prior of @eq-map"
     name, learned = 'temperature', ('temperature',)
     limits = .05, 20.   # where the temperature is searched
     temperature:float|None = None
@@ -294,30 +300,30 @@ class TemperatureScaling(Calibration):
     def _fit(self, p:Tensor, t:np.ndarray, tax:Taxonomy):
         parts = [(leaf_distribution(p[o], tax), t[o]) for o in _rows(*p.shape)]
         def loss(log_t): return sum(float(negative_log_likelihood(temper(q, math.exp(log_t)), y, tax).double().sum()) for q, y in parts)
-        self.temperature = _best_temperature(loss, self.limits)
+        self.temperature = _best_temperature(loss, self.limits); _warn_at_limit(self.temperature, self.limits)
 
     def _scale(self, p:Tensor)->Tensor: return self.tax.node_probs(temper(leaf_distribution(p, self.tax), self.temperature))
 
 # %% ../nbs/11_decisions.ipynb #d2a101d9
 class LevelTemperatures(Calibration):
-    "A temperature for the conditionals of each level, @eq-levels; the ones of least NLL"
+    "A temperature for the conditionals of each level, @eq-levels; the ones of least NLL under the prior of @eq-map"
     name, learned = 'levels', ('temperatures',)
     limits = .05, 20.
-    temperatures:Sequence[float]|None = None   # (H,) of the depths 1 … H; 1 where nothing is to be learned
+    temperatures:Sequence[float]|None = None   # (H,) of the depths 1 … H; 1 where nothing is learned
 
     def _fit(self, p:Tensor, t:np.ndarray, tax:Taxonomy):
         depth = tax.tensor('depths', p.device)[1:]; parts = [(_log_conditionals(p[o], tax), path_targets(torch.as_tensor(t[o], device=p.device), tax)[0]) for o in _rows(*p.shape)]
-        def losses(log_t): # (H,) to (H,), each level with its own temperature
+        def costs(log_t): # (H,) to (H,), each level with its own temperature
             by_node = sum((-sibling_log_softmax(z/torch.as_tensor(np.exp(log_t), device=p.device)[depth-1], tax)).masked_fill(~path, 0).sum(0) for z, path in parts)
-            return np.bincount(tax.depths[1:] - 1, by_node.cpu().numpy(), minlength=tax.height)
+            return np.bincount(tax.depths[1:] - 1, by_node.cpu().numpy(), minlength=tax.height) + PRIOR*np.abs(log_t)
         low, high = (np.full(tax.height, o) for o in np.log(self.limits))
-        for _ in range(6):   # each round leaves two of twelve intervals
-            grid = np.linspace(low, high, 13); table = np.stack([losses(o) for o in grid]); best = table.argmin(0)
+        for _ in range(6):   # each round leaves two of twelve intervals, 1 in their middle as long as it is best
+            grid = np.linspace(low, high, 13); best = np.stack([costs(o) for o in grid]).argmin(0)
             low, high = (grid[(best + o).clip(0, 12), np.arange(tax.height)] for o in (-1, 1))
-        found = np.exp((low + high)/2)
-        flat = np.ptp(table, 0) == 0   # a level of only children, or without labels
-        if (edge := ~flat & ((found < self.limits[0]*1.01) | (found > self.limits[1]*.99))).any(): warnings.warn(f"The best temperature at depth {edge.argmax()+1} is at the limit of the search, {found[edge.argmax()]:.3g}: the validation data do not tell how sure the model may be there.", stacklevel=3)
-        self.temperatures = np.where(flat, 1., found).tolist()
+        found = (low + high)/2
+        found[costs(found) >= costs(np.zeros(tax.height))] = 0
+        self.temperatures = np.exp(found).tolist()
+        for d, T in enumerate(self.temperatures, 1): _warn_at_limit(T, self.limits, f' at depth {d}')
 
     def _scale(self, p:Tensor)->Tensor:
         T = p.new_tensor(self.temperatures, dtype=torch.float64)[self.tax.tensor('depths', p.device)[1:] - 1]
@@ -331,6 +337,8 @@ def _log_conditionals(p:Tensor, tax:Taxonomy)->Tensor: # (B, N) to (B, N−1) fl
 def _from_conditionals(logs:Tensor, tax:Taxonomy)->Tensor: return path_sums(F.pad(logs, (1, 0)), tax).exp()   # (B, N−1) to (B, N)
 
 # %% ../nbs/11_decisions.ipynb #bb52c884
+IMAGINARY = 300   # images of the prior, to a level
+
 class NodeIsotonic(Calibration):
     "A monotone function for the conditionals of each level, normalised among siblings [@zadrozny2002transforming]"
     name, learned = 'isotonic', ('knots',)
@@ -345,9 +353,11 @@ class NodeIsotonic(Calibration):
             for d in range(1, tax.height + 1): at = asked & (depths == d); pairs[d-1].append((x[at], path[:,1:][at]))
         self.knots = []
         for level in pairs:
-            x, y = (np.concatenate(o).astype(float) for o in zip(*level)); floor = 1/(len(x) + 2)
-            fit = IsotonicRegression(y_min=floor, y_max=1., out_of_bounds='clip').fit(x, y) if len(x) else None
-            self.knots.append([[0., 1.], [floor, 1.]] if fit is None else [fit.X_thresholds_.tolist(), fit.y_thresholds_.tolist()])
+            x, y = (np.concatenate(o).astype(float) for o in zip(*level)); n = y.sum()   # one right child an image
+            if not n: self.knots.append([[0., 1.], [1e-9, 1.]]); continue
+            seen, w = np.append(x, [0, 1]), IMAGINARY/n
+            fit = IsotonicRegression(y_min=1/(len(x)*(1 + w) + 2), y_max=1.).fit(seen, np.append((y + w*x)/(1 + w), [0, 1]), np.append(np.ones(len(x)), [1e-6]*2))
+            self.knots.append([fit.X_thresholds_.tolist(), fit.y_thresholds_.tolist()])
 
     def _scale(self, p:Tensor)->Tensor:
         x = _log_conditionals(p, self.tax).exp().cpu().numpy(); y = np.empty_like(x)
@@ -619,9 +629,10 @@ def class_ratios(
     "How much more frequent every class is among the new images, estimated [@saerens2002adjusting]"
     p = leaf_distribution(check_node_probs(node_probs, tax), tax).double(); t = check_targets(targets, tax)
     if (tax.heights[t] > 0).any(): t = t[tax.heights[t] == 0]
+    if not len(p): raise HiermetricError("There are no new images to learn their mix of classes from.")
     old = torch.as_tensor(np.bincount(tax.leaf_column[t], minlength=tax.n_leaves) + .5, device=p.device); old = old/old.sum()
     new = old
-    for _ in range(rounds): shares = p*(new/old); new = (shares/shares.sum(1, keepdim=True)).mean(0)
+    for _ in range(_whole_number('The number of rounds', rounds, 0)): shares = p*(new/old); new = (shares/shares.sum(1, keepdim=True)).mean(0)
     return (tax.node_probs(new)/tax.node_probs(old)).cpu().numpy()
 
 # %% ../nbs/11_decisions.ipynb #fe71a6df

@@ -13,12 +13,13 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, Registry
-from .taxonomy import Taxonomy, _hues
+from .taxonomy import Taxonomy, _hues, _whole_number
 from .backbones import Backbone, Transform, create_backbone, read_image
 from .features import Features
 from .heads import Head, LeafHead, Model, check_embeddings
 from .aam import unit
 from .metrics import check_targets
+from .retrieval import _labelled
 from .training import Run, image_size, stages
 from .predictor import Predictor, Ranks, down_to
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def toward_node(
 )->Callable[[Tensor],Tensor]: # (B, D) embeddings → (B,)
     "Log-odds of a node, @eq-toward-node"
     tax = head.taxonomy
-    c, a = (int(tax.index(o)) if isinstance(o, str) else int(o) for o in (node, among))
-    if not 0 <= c < len(tax) or not 0 <= a < len(tax): raise HiermetricError(f"There is no node {c if not 0 <= c < len(tax) else a} in this tree of {len(tax)} nodes.")
+    c, a = tax._node(node), tax._node(among)
     start, stop, left, right = tax.leaf_start[c], tax.leaf_stop[c], tax.leaf_start[a], tax.leaf_stop[a]
     if not tax.is_ancestor(a, c) or stop - start == right - left: raise HiermetricError(f"{tax.names[c]!r} has no rival among the leaves of {tax.names[a]!r}; give an ancestor that has other leaves, too.")
     def score(emb:Tensor)->Tensor:
@@ -281,7 +281,7 @@ def path_maps(
     if among not in ('all', 'parent'): raise HiermetricError(f"among is 'all' or 'parent', not {among!r}.")
     tax, head = see.taxonomy, see.model.head
     leaves = tax.leaf_stop - tax.leaf_start
-    path = [int(o) for o in tax.ancestors(int(tax.index(node)) if isinstance(node, str) else int(node))]
+    path = [int(o) for o in tax.ancestors(node)]
     steps = [(o, 0 if among == 'all' else int(tax.parents[o])) for o in path if o]
     steps = {o: toward_node(head, o, a) for o, a in steps if leaves[o] < leaves[a]}
     return {o: (see(image, s, method), see.score(image, s)) for o, s in steps.items()}
@@ -332,6 +332,7 @@ def sanity_check(
     "Rank correlation of the maps with those of a model that forgets from the head down [@adebayo2018sanity]"
     import copy
     from scipy.stats import spearmanr
+    if not len(images): raise HiermetricError("There are no images to look at; give at least one, and a node for each.")
     look = lambda o: [np.abs(o.input_map(i, t, method).numpy()).max(0).ravel() for i, t in zip(images, toward, strict=True)]
     before, rng, other = look(see), torch.Generator().manual_seed(seed), copy.copy(see)
     memo = {}
@@ -356,9 +357,10 @@ def umap_layout(
     except ImportError as e: raise HiermetricError("UMAP is not installed; `pip install umap-learn` brings it.") from e
     from sklearn.decomposition import PCA
     import warnings
-    x = _directions(emb).numpy()
+    x, neighbours, dims = _directions(emb).numpy(), _whole_number('The number of neighbours', neighbours, 2), _whole_number('The number of dimensions', dims)
     if len(x) <= neighbours: raise HiermetricError(f"{len(x)} embeddings are too few for {neighbours} neighbours; give more, or lower neighbours.")
     if dims < min(x.shape): x = PCA(dims, random_state=seed).fit_transform(x)
+    if len(x) < 4: kwargs.setdefault('init', 'random')   # the spectral start wants four points
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return UMAP(n_neighbors=neighbours, metric='cosine', random_state=seed, n_jobs=1, **kwargs).fit_transform(x).astype(np.float32)
@@ -374,7 +376,7 @@ def lift(
     keep = down_to(tax, rank, ranks)
     up = np.where(keep, np.arange(len(tax)), tax.parents)
     while not keep[up].all(): up = up[up]
-    return up[np.asarray(nodes)]
+    return up[np.asarray(tax._check_ids(nodes))]
 
 # %% ../nbs/17_explain.ipynb #d71538c8
 def _thumb(image:Any, side:int)->str: # a data: address
@@ -421,7 +423,9 @@ def embedding_map(
 )->str: # HTML
     "Interactive map, with a menu of the ranks"
     import plotly.graph_objects as go
-    targets, split = check_targets(targets, tax, len(xy)), np.asarray(split if split is not None else ['']*len(xy))
+    xy, targets, split = np.asarray(xy), check_targets(targets, tax, len(xy)), np.asarray(split if split is not None else ['']*len(xy))
+    if xy.shape != (len(targets), 2) or split.shape != (len(targets),) or images is not None and len(images) != len(targets): raise HiermetricError(f"Give one place in the plane, one split and one picture an image; there are {len(targets)} images, places of shape {xy.shape}, {split.size} splits{'' if images is None else f' and {len(images)} pictures'}.")
+    if not np.isfinite(xy).all(): raise HiermetricError(f"The place of image {int((~np.isfinite(xy)).any(1).argmax())} is NaN or infinity; it cannot be drawn.")
     levels = list(ranks.names) if ranks else list(range(1, tax.height + 1))
     if rank is None: rank = levels[-1]
     if rank not in levels: raise HiermetricError(f"There is no rank {rank!r} here; there are {', '.join(map(str, levels))}.")
@@ -465,9 +469,11 @@ def plot_neighbours(
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
-    nearest = np.asarray(nearest); Q, K = nearest.shape
+    nearest = np.asarray(nearest)
+    if nearest.ndim != 2: raise HiermetricError(f"The neighbours are rows of the gallery, (queries, K), not of shape {nearest.shape}.")
+    Q, K = nearest.shape
     if (nearest < 0).any(): raise HiermetricError(f"{K} neighbours are asked for, of {(nearest >= 0).sum(1).min()}; lower k.")
-    q, near = np.asarray(query_targets), np.asarray(gallery_targets)[nearest]
+    q, near = check_targets(query_targets, tax, Q), _labelled(nearest, gallery_targets, tax)
     off = tax.lca_height(q[:, None], near); top = max(int(off.max()), 1)
     paint = LinearSegmentedColormap.from_list('off', ['#1a9850', '#d9c826', '#e8731c', '#a50026', '#400010'])(np.linspace(0, 1, top + 1))
     fig, axes = plt.subplots(Q, K + 1, figsize=(side*(K + 1.5), side*1.28*Q), squeeze=False, layout='constrained')
@@ -494,6 +500,7 @@ def pair_distances(
     ranks:Ranks|None=None,
 )->tuple[np.ndarray,np.ndarray]: # (pairs,) within a clade; (pairs,) between clades; both 1 − cosine
     "Distances of random pairs, within and between"
+    pairs = _whole_number('The number of pairs', pairs)
     clade = np.unique(lift(tax, check_targets(targets, tax, len(emb)), rank, ranks), return_inverse=True)[1]
     order, n = np.argsort(clade, kind='stable'), len(clade)
     size = np.bincount(clade); start = np.cumsum(size) - size
@@ -512,7 +519,9 @@ def overlap(
     bins:int=100, # of the common range
 )->float: # in [0, 1]
     "Shared area of two densities, @eq-overlap, by histograms"
-    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), bins + 1)
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if not len(a) or not len(b) or not (np.isfinite(a).all() and np.isfinite(b).all()): raise HiermetricError("Two sets of finite numbers overlap; one of these is empty, or holds NaN or infinity.")
+    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), _whole_number('The number of bins', bins) + 1)
     p, q = (np.histogram(o, edges)[0]/len(o) for o in (a, b))
     return float(np.minimum(p, q).sum())
 
@@ -547,6 +556,7 @@ def prototype_linkage(
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
     x = _directions(prototypes, torch.float64)
+    if len(x) < 2: raise HiermetricError("A dendrogram joins two prototypes at the least.")
     d = (1 - x@x.T).clamp_min(0).numpy(); np.fill_diagonal(d, 0)
     return linkage(squareform((d + d.T)/2), method)
 
@@ -561,6 +571,7 @@ def cophenetic_correlation(
     "How far the geometry of the prototypes is that of the tree"
     from scipy.cluster.hierarchy import cophenet
     from scipy.spatial.distance import squareform
+    shuffles = _whole_number('The number of shuffles', shuffles, 0)
     if len(prototypes) != tax.n_leaves or tax.n_leaves < 3: raise HiermetricError(f"{len(prototypes)} prototypes do not fit a tree of {tax.n_leaves} leaves; one a leaf is wanted, in the order of tax.leaves, and at least three.")
     made = squareform(cophenet(prototype_linkage(prototypes, method)))
     x = _directions(prototypes, torch.float64); near = (1 - x@x.T).numpy()

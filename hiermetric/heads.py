@@ -11,7 +11,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import FolderKind, HiermetricError, Registry, choice
-from .taxonomy import Taxonomy
+from .taxonomy import Taxonomy, _whole_number
 
 # %% auto #0
 __all__ = ['RANGES', 'INITS', 'EMBEDDINGS', 'HEADS', 'MODEL', 'check_embeddings', 'check_targets', 'check_numbers', 'Head',
@@ -77,8 +77,7 @@ class Head(nn.Module):
         taxonomy:Taxonomy, # tree over the N nodes, chains and all: what labels and answers are about
     ):
         super().__init__()
-        if in_features < 1: raise HiermetricError(f"A head needs at least one input feature, not {in_features}.")
-        self.in_features, self.taxonomy, self.tree = int(in_features), taxonomy, taxonomy.chainless   # `tree`, of M nodes, is what is learnt on
+        self.in_features, self.taxonomy, self.tree = _whole_number('The number of input features of a head', in_features), taxonomy, taxonomy.chainless   # `tree`, of M nodes, is what is learnt on
 
     def logits(self, emb:Tensor)->Tensor: raise NotImplementedError
     def loss(self, emb:Tensor, targets:Tensor)->Tensor: raise NotImplementedError
@@ -259,7 +258,7 @@ class EmbeddingNet(nn.Module):
         choice('embedding', kind, EMBEDDINGS)
         if norm not in (None, 'batch'): raise HiermetricError(f"There is no norm {norm!r}; there are None and 'batch'.")
         if not 0 < power <= 1: raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
-        if kind == 'none': out_features = in_features
+        in_features = _whole_number('The number of features', in_features); out_features = in_features if kind == 'none' else _whole_number('The size of the embedding', out_features)
         if dropout is None: dropout = 0.2 if kind in ('devnet', 'mlp', 'skip') else 0.
         check_numbers('at least 0 and below 1', dropout=dropout); check_numbers('at least 1', in_features=in_features, out_features=out_features)
         self.in_features, self.out_features, self.kind, self.dropout, self.norm, self.power = in_features, out_features, kind, dropout, norm, power
@@ -410,7 +409,14 @@ class Model(nn.Module):
 
     @property
     def taxonomy(self)->Taxonomy: return self.head.taxonomy
-    def embed(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.embedding(x if self.encoder is None else self.encoder(x, size))
+    def embed(self,
+        x:Tensor|np.ndarray, # (B, F) features, or pixels where there is an encoder
+        size:Tensor|np.ndarray|None=None, # (B, 2) width and height of the originals, where the encoder wants them
+    )->Tensor: # (B, D)
+        here = next(self.parameters(), torch.empty(0)).device   # arrays become tensors where the model is
+        x, size = (o if o is None or isinstance(o, Tensor) else torch.as_tensor(o, device=here) for o in (x, size))
+        return self.embedding(x if self.encoder is None else self.encoder(x, size))
+
     def represent(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.head.represent(self.embed(x, size))
     def forward(self, x:Tensor, size:Tensor|None=None)->Tensor: return self.head(self.embed(x, size))
     def loss(self, x:Tensor, targets:Tensor, size:Tensor|None=None)->Tensor: return self.head.loss(self.embed(x, size), targets)

@@ -10,27 +10,38 @@ import numpy as np, pandas as pd, torch
 from matplotlib.axes import Axes
 from torch import Tensor
 from torchmetrics import Metric
-from .core import HiermetricError, did_you_mean
-from .taxonomy import Taxonomy
+from .core import HiermetricError, choice, did_you_mean
+from .taxonomy import Taxonomy, _whole_number
 
 # %% auto #0
-__all__ = ['METRICS', 'mistake_height', 'check_node_probs', 'check_targets', 'rank_leaves', 'ranked_distances', 'topk_accuracy',
-           'hierarchical_distance', 'distance_floor', 'accuracy', 'exact_path', 'macro_accuracy', 'mistake_severity',
-           'hierarchical_f1', 'correctness', 'information_scores', 'node_counts', 'rank_accuracy', 'leaf_distribution',
-           'truth_probability', 'negative_log_likelihood', 'brier_score', 'calibration_bins',
-           'expected_calibration_error', 'violation_rate', 'per_sample', 'summarise', 'evaluate', 'TreeMetric',
-           'operating_curve', 'average_correctness', 'recall_at', 'haurc', 'plot_operating_curve', 'risk_coverage',
-           'aurc']
+__all__ = ['COSTS', 'METRICS', 'mistake_cost', 'mistake_height', 'check_node_probs', 'check_targets', 'rank_leaves',
+           'ranked_distances', 'topk_accuracy', 'hierarchical_distance', 'distance_floor', 'accuracy', 'exact_path',
+           'macro_accuracy', 'mistake_severity', 'hierarchical_f1', 'correctness', 'information_scores', 'node_counts',
+           'rank_accuracy', 'leaf_distribution', 'truth_probability', 'negative_log_likelihood', 'brier_score',
+           'calibration_bins', 'expected_calibration_error', 'violation_rate', 'per_sample', 'summarise', 'evaluate',
+           'TreeMetric', 'operating_curve', 'average_correctness', 'recall_at', 'haurc', 'plot_operating_curve',
+           'risk_coverage', 'aurc']
 
 # %% ../nbs/10_metrics.ipynb #4eeaf3a3
-def mistake_height(
+COSTS = 'lca_height', 'lca_depth_cost', 'edge_distance'
+
+def mistake_cost(
     answers:np.ndarray, # (…) node ids, broadcast against `targets`
     targets:np.ndarray, # (…) true node ids, leaf or internal
     tax:Taxonomy, # tree over the nodes
-)->np.ndarray: # (…) int, in levels
-    "Height of the lowest common ancestor of answer and truth; 0 where the answer is the truth or lies below it"
-    lca = tax.lca(*np.broadcast_arrays(answers, targets))
-    return np.where(lca == targets, 0, tax.heights[lca])
+    cost:str='lca_height', # of the table above
+)->np.ndarray: # (…) int, levels or edges
+    "What each answer costs; 0 where it is the truth or lies below it"
+    choice('cost', cost, COSTS)
+    a, t = tax._nodes(*(o.detach().cpu().numpy() if isinstance(o, Tensor) else o for o in (answers, targets)))
+    lca = tax.lca(a, t)
+    if cost == 'lca_height': d = tax.heights[lca]
+    else: d = tax.height - tax.depths[lca] if cost == 'lca_depth_cost' else tax.depths[a] + tax.depths[t] - 2*tax.depths[lca]
+    return np.where(lca == t, 0, d)
+
+def mistake_height(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->np.ndarray: # (…) int, in levels
+    "`mistake_cost` as @eq-d has it: the height of the lowest common ancestor of answer and truth"
+    return mistake_cost(answers, targets, tax)
 
 # %% ../nbs/10_metrics.ipynb #b74034dc
 def _rows(n:int, width:int, cells:int=2**22)->Iterator[slice]: # slices over n rows, each of about `cells` numbers
@@ -88,7 +99,9 @@ def rank_leaves(
     k:int, # leaves wanted; all L where there are fewer
 )->np.ndarray: # (B, min(k, L)) leaf columns, best first; ties in tree order
     "The `k` best leaves of each image"
-    s = torch.as_tensor(scores); k = min(k, s.shape[1])
+    s, k = torch.as_tensor(scores), _whole_number('The number of leaves wanted', k)
+    if s.ndim != 2 or not s.shape[1]: raise HiermetricError(f"Scores have the shape (images, leaves), not {tuple(s.shape)}.")
+    k = min(k, s.shape[1])
     top = s.topk(min(k+1, s.shape[1]), dim=1)   # NaN comes first
     if top.values[:,0].isnan().any(): raise HiermetricError(f"The score of image {int(top.values[:,0].isnan().int().argmax())} for a leaf is NaN; it cannot be ranked.")
     cols, tied = top.indices[:,:k], (top.values[:,1:] == top.values[:,:-1]).any(1)
@@ -101,54 +114,67 @@ def ranked_distances(
     targets:np.ndarray, # (B,) true node ids
     tax:Taxonomy, # tree
     k:int=20, # leaves to look at
+    cost:str='lca_height', # see `mistake_cost`
 )->np.ndarray: # (B, min(k, L)) levels
     "Distance from the truth of each of the `k` best leaves"
-    t = check_targets(targets, tax, len(scores))
+    scores = torch.as_tensor(scores); t = check_targets(targets, tax, len(scores)); _check_scores(scores, len(t), tax)
     ranked = [rank_leaves(scores[rows], k) for rows in _rows(len(t), tax.n_leaves)]
-    return mistake_height(tax.leaves[np.concatenate(ranked)], t[:,None], tax)
+    return mistake_cost(tax.leaves[np.concatenate(ranked)], t[:,None], tax, cost)
+
+def _check_scores(scores:Tensor|np.ndarray, n:int, tax:Taxonomy)->None:
+    if tuple(scores.shape) != (n, tax.n_leaves): raise HiermetricError(f"The ranking has shape {tuple(scores.shape)}; it must hold one score for each of {n} images and {tax.n_leaves} leaves.")
 
 def topk_accuracy(scores:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy, k:int=1)->float:
     "Share of images with a right leaf among their `k` best"
     return float((ranked_distances(scores, targets, tax, k) == 0).any(1).mean())
 
-def hierarchical_distance(scores:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy, k:int=1)->float:
+def hierarchical_distance(scores:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy, k:int=1, cost:str='lca_height')->float:
     "HD@k: mean distance of the `k` best leaves from the truth, in levels"
-    return float(ranked_distances(scores, targets, tax, k).mean())
+    return float(ranked_distances(scores, targets, tax, k, cost).mean())
 
 # %% ../nbs/10_metrics.ipynb #4eb47ecf
 def distance_floor(
     targets:np.ndarray, # (B,) true node ids
     tax:Taxonomy, # tree
     k:int, # leaves that are ranked
+    cost:str='lca_height', # see `mistake_cost`
 )->np.ndarray: # (B,) levels; their mean is the lowest HD@k that a ranking can reach
     "HD@k of a perfect ranker, for each image"
     node, back = np.unique(check_targets(targets, tax), return_inverse=True)
-    k, under = min(k, tax.n_leaves), tax.leaf_stop - tax.leaf_start
+    k, under = min(_whole_number('The number of leaves that are ranked', k), tax.n_leaves), tax.leaf_stop - tax.leaf_start
+    if choice('cost', cost, COSTS) == 'edge_distance': return np.array([np.partition(mistake_cost(tax.leaves, i, tax, cost), k-1)[:k].mean() for i in node])[back]
+    price = tax.heights if cost == 'lca_height' else tax.height - tax.depths
     taken, total = np.minimum(under[node], k), np.zeros(len(node))
     while (taken < k).any():
         node = np.maximum(tax.parents[node], 0)
         now = np.minimum(under[node], k)
-        total += tax.heights[node]*(now - taken); taken = now
+        total += price[node]*(now - taken); taken = now
     return (total/k)[back]
 
 # %% ../nbs/10_metrics.ipynb #2d482dbd
 def accuracy(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
     "Share of answers that are the truth or lie below it"
-    return float((mistake_height(answers, targets, tax) == 0).mean())
+    return float((mistake_height(*_answered(answers, targets, tax), tax) == 0).mean())
 
 def exact_path(answers:np.ndarray, targets:np.ndarray)->float:
     "Share of answers that are the truth itself, so that the whole path agrees"
-    return float((np.asarray(answers) == np.asarray(targets)).mean())
+    a, t = np.asarray(answers), np.asarray(targets)
+    if a.shape != t.shape or not a.size: raise HiermetricError(f"Give one answer and one truth an image, not shapes {a.shape} and {t.shape}.")
+    return float((a == t).mean())
 
 def macro_accuracy(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
     "Mean over the classes among `targets` of the share of right answers"
-    _, c = np.unique(targets, return_inverse=True)
-    return float((np.bincount(c, mistake_height(answers, targets, tax) == 0)/np.bincount(c)).mean())
+    a, t = _answered(answers, targets, tax); c = np.unique(t, return_inverse=True)[1]
+    return float((np.bincount(c, mistake_height(a, t, tax) == 0)/np.bincount(c)).mean())
 
-def mistake_severity(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
+def mistake_severity(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy, cost:str='lca_height')->float:
     "Mean distance over the wrong answers only; NaN without a mistake"
-    d = mistake_height(answers, targets, tax)
+    d = mistake_cost(*_answered(answers, targets, tax), tax, cost)
     return float(d[d > 0].mean()) if d.any() else math.nan
+
+def _answered(answers:Tensor|np.ndarray, targets:Tensor|np.ndarray, tax:Taxonomy)->tuple[np.ndarray,np.ndarray]: # (B,) and (B,) int64
+    t = check_targets(targets, tax)
+    return check_targets(answers, tax, len(t), 'answer'), t
 
 # %% ../nbs/10_metrics.ipynb #5f0f8bde
 def _ratio(a:np.ndarray, b:np.ndarray)->np.ndarray: # a/b; 1 where nothing was claimed or nothing was to find
@@ -166,19 +192,19 @@ def hierarchical_f1(
 )->tuple[float,float,float]: # hP, hR, hF1
     "Hierarchical precision, recall and F1 over the sets of ancestors, root left out"
     if average not in ('micro', 'macro'): raise HiermetricError(f"There is no average {average!r}; there are 'micro' and 'macro'.")
-    sizes = _overlap(np.asarray(answers), np.asarray(targets), tax)
+    sizes = _overlap(*_answered(answers, targets, tax), tax)
     both, said, true = [o.sum() for o in sizes] if average == 'micro' else sizes
     return tuple(float(_ratio(*o).mean()) for o in [(both, said), (both, true), (2*both, said + true)])
 
 # %% ../nbs/10_metrics.ipynb #155b3ac6
 def _information(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->tuple[np.ndarray,...]: # of each answer: correct, precision, recall
-    lca, info = tax.lca(*np.broadcast_arrays(answers, targets)), tax.information
+    lca, info = tax.lca(answers, targets), tax.information
     return (lca == answers) | (lca == targets), np.where(lca == targets, 1., _ratio(info[lca], info[answers])), _ratio(info[lca], info[targets])
 
 # %% ../nbs/10_metrics.ipynb #94141409
 def correctness(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
     "Share of answers that do not contradict the truth: at, above or below it"
-    return float(_information(answers, targets, tax)[0].mean())
+    return float(_information(*_answered(answers, targets, tax), tax)[0].mean())
 
 def information_scores(
     answers:np.ndarray, # (B,) node ids
@@ -186,7 +212,7 @@ def information_scores(
     tax:Taxonomy, # tree
 )->tuple[float,float]: # precision, recall
     "What an answer says and the truth confirms, in bits: as a share of all it says, and of all there is to say; means over the images"
-    return tuple(float(o.mean()) for o in _information(answers, targets, tax)[1:])
+    return tuple(float(o.mean()) for o in _information(*_answered(answers, targets, tax), tax)[1:])
 
 # %% ../nbs/10_metrics.ipynb #1f1a7b69
 def _below(counts:np.ndarray, tax:Taxonomy)->np.ndarray: # (…, N) sums over the subtree of every node
@@ -203,7 +229,8 @@ def node_counts(
     tax:Taxonomy, # tree
 )->np.ndarray: # (3, N) images whose truth, whose answer, whose both lie at or below each node
     "What per-rank and per-branch measures are made of"
-    return _below(_at(targets, answers, tax.lca(*map(np.asarray, (answers, targets))), n_nodes=len(tax)), tax)
+    a, t = _answered(answers, targets, tax)
+    return _below(_at(t, a, tax.lca(a, t), n_nodes=len(tax)), tax)
 
 # %% ../nbs/10_metrics.ipynb #98cf8530
 def _by_rank(counts:np.ndarray, tax:Taxonomy, ranks:Sequence[str|None]|None)->pd.DataFrame:
@@ -228,23 +255,25 @@ def rank_accuracy(
 
 # %% ../nbs/10_metrics.ipynb #8c8b354f
 def leaf_distribution(
-    node_probs:Tensor, # (B, N)
+    node_probs:Tensor|np.ndarray, # (B, N)
     tax:Taxonomy, # tree over the N nodes
 )->Tensor: # (B, L) rows sum to 1; uniform where no leaf has any probability
     "The leaf columns, normalised"
-    p = node_probs.index_select(1, tax.tensor('leaves', node_probs.device)).clamp(min=0)
+    p = torch.as_tensor(node_probs); p = p.to(torch.promote_types(p.dtype, torch.float32))
+    p = p.index_select(1, tax.tensor('leaves', p.device)).clamp(min=0)
     total = p.sum(1, keepdim=True)
     q = p/total.clamp(min=torch.finfo(p.dtype).tiny)
     return q if bool((total > 0).all()) else torch.where(total > 0, q, 1/tax.n_leaves)
 
 # %% ../nbs/10_metrics.ipynb #bfc34d6a
 def truth_probability(
-    leaf_probs:Tensor, # (B, L) rows sum to 1
+    leaf_probs:Tensor|np.ndarray, # (B, L) rows sum to 1
     targets:np.ndarray, # (B,) true node ids
     tax:Taxonomy, # tree
 )->Tensor: # (B,)
     "Probability of the truth: of the leaf, or of all leaves under an internal node"
-    start, stop = (torch.as_tensor(o[targets], device=leaf_probs.device).long() for o in (tax.leaf_start, tax.leaf_stop))
+    leaf_probs = torch.as_tensor(leaf_probs); t = check_targets(targets, tax, len(leaf_probs)); _check_scores(leaf_probs, len(t), tax)
+    start, stop = (torch.as_tensor(o[t], device=leaf_probs.device).long() for o in (tax.leaf_start, tax.leaf_stop))
     q = leaf_probs.gather(1, start[:,None])[:,0]
     if (inner := stop > start + 1).any():
         cols = torch.arange(tax.n_leaves, device=q.device)
@@ -253,29 +282,35 @@ def truth_probability(
     return q
 
 # %% ../nbs/10_metrics.ipynb #76b6cd22
-def negative_log_likelihood(leaf_probs:Tensor, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) nats
+def negative_log_likelihood(leaf_probs:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) nats
     "−ln of the truth's probability, for each image"
     return -truth_probability(leaf_probs, targets, tax).clamp(torch.finfo(torch.float32).tiny, 1).log()
 
-def brier_score(leaf_probs:Tensor, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) in [0, 2]; NaN where the truth is internal
+def brier_score(leaf_probs:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) in [0, 2]; NaN where the truth is internal
     "Squared distance between the leaf distribution and the truth, for each image"
+    leaf_probs = torch.as_tensor(leaf_probs)
     b = leaf_probs.square().sum(1) - 2*truth_probability(leaf_probs, targets, tax) + 1
-    return torch.where(torch.as_tensor(tax.leaf_column[targets] >= 0, device=b.device), b, torch.nan)
+    return torch.where(torch.as_tensor(tax.leaf_column[check_targets(targets, tax)] >= 0, device=b.device), b, torch.nan)
 
 # %% ../nbs/10_metrics.ipynb #35b058ec
 def calibration_bins(
-    confidence:np.ndarray, # (B,) in (0, 1]
+    confidence:np.ndarray, # (B,) in [0, 1]
     hits:np.ndarray, # (B,) 0 or 1
     bins:int=15, # of equal width
 )->np.ndarray: # (3, bins) a bin's images, their summed confidence, their hits
     "What a reliability diagram and the ECE are made of"
-    b = np.clip(np.ceil(np.asarray(confidence)*bins).astype(int) - 1, 0, bins-1)
-    return np.stack([np.bincount(b, w, minlength=bins) for w in (np.ones(len(b)), confidence, hits)])
+    c, hit, n = np.asarray(confidence), np.asarray(hits, float), _whole_number('The number of bins', bins)
+    if c.ndim != 1 or c.shape != hit.shape: raise HiermetricError(f"Give one confidence and one hit an image, not shapes {c.shape} and {hit.shape}.")
+    for what, x in (('confidence', c), ('hit', hit)):
+        if (bad := ~((x >= 0) & (x <= 1 + 1e-6))).any(): raise HiermetricError(f"The {what} of image {int(bad.argmax())} is {x[bad][0]:g}; it must lie in [0, 1]. Leave out the images that cannot be judged.")
+    b = np.searchsorted((np.arange(1, n)/n).astype(c.dtype if c.dtype.kind == 'f' else float), c)   # compared with the upper edges: c·n would round 0.07·100 up into the next bin
+    return np.stack([np.bincount(b, w, minlength=n) for w in (np.ones(len(b)), c, hit)])
 
 def expected_calibration_error(confidence:np.ndarray, hits:np.ndarray, bins:int=15)->float:
     "ECE over bins of equal width, right-closed"
     n, conf, hit = calibration_bins(confidence, hits, bins)
-    return float(np.abs(conf - hit).sum()/n.sum()) if n.sum() else math.nan
+    if not n.sum(): raise HiermetricError("There are no images to judge.")
+    return float(np.abs(conf - hit).sum()/n.sum())
 
 # %% ../nbs/10_metrics.ipynb #d2ee23b4
 def violation_rate(
@@ -295,13 +330,13 @@ def violation_rate(
     return images/len(p), edges/p[:,1:].numel()
 
 # %% ../nbs/10_metrics.ipynb #457fce6f
-def _judge(p:Tensor, t:np.ndarray, tax:Taxonomy, nodes:np.ndarray|None, ranking:Tensor|np.ndarray|None)->dict[str,np.ndarray]:
+def _judge(p:Tensor, t:np.ndarray, tax:Taxonomy, nodes:np.ndarray|None, ranking:Tensor|np.ndarray|None, cost:str)->dict[str,np.ndarray]:
     "Columns of `per_sample` for a few rows"
     q = leaf_distribution(p, tax)
     cols = rank_leaves(q if ranking is None else ranking, 20); ranked = tax.leaves[cols]
     best = cols[:,0] if ranking is None else q.argmax(1).cpu().numpy()
     a = ranked[:,0].astype(np.int64) if nodes is None else nodes
-    d, at1 = mistake_height(ranked, t[:,None], tax), mistake_height(a, t, tax)
+    d, at1 = mistake_cost(ranked, t[:,None], tax, cost), mistake_cost(a, t, tax, cost)
     both, said, true = _overlap(a, t, tax)
     correct, precision, recall = _information(a, t, tax)
     leaf = tax.leaf_column[t]
@@ -318,15 +353,16 @@ def per_sample(
     tax:Taxonomy, # tree over the N nodes
     nodes:Tensor|np.ndarray|None=None, # (B,) answers of a rule; default: the leaf ranked first
     ranking:Tensor|np.ndarray|None=None, # (B, L) scores of a rule for the leaves; default: their probabilities
+    cost:str='lca_height', # of a mistake, see `mistake_cost`; changes the columns hd@k and their floors
 )->pd.DataFrame: # B rows; columns as in the table above
     "What every metric is made of, image by image"
     p = check_node_probs(node_probs, tax); t = check_targets(targets, tax, len(p))
     if nodes is not None: nodes = check_targets(nodes, tax, len(p), 'answer')
-    if ranking is not None and tuple(ranking.shape) != (len(p), tax.n_leaves): raise HiermetricError(f"The ranking has shape {tuple(ranking.shape)}; it must hold one score for each of {len(p)} images and {tax.n_leaves} leaves.")
+    if ranking is not None: _check_scores(ranking, len(p), tax)
     part = lambda x, rows: None if x is None else x[rows]
-    with torch.no_grad(): tables = [_judge(p[o], t[o], tax, part(nodes, o), part(ranking, o)) for o in _rows(*p.shape)]
+    with torch.no_grad(): tables = [_judge(p[o], t[o], tax, part(nodes, o), part(ranking, o), cost) for o in _rows(*p.shape)]
     table = {c: np.concatenate([o[c] for o in tables]) for c in tables[0]}
-    floors = {f'hd@{k}_floor': distance_floor(t, tax, k) for k in (5, 20)}
+    floors = {f'hd@{k}_floor': distance_floor(t, tax, k, cost) for k in (5, 20)}
     return pd.DataFrame({c: v if c in ('target', 'node', 'lca') else v.astype(float) for c, v in (table | floors).items()})
 
 # %% ../nbs/10_metrics.ipynb #93dc4074
@@ -365,9 +401,9 @@ def summarise(table:pd.DataFrame)->dict[str,float]: # keys as in `METRICS`
     "The metrics of a `per_sample` table, or of rows drawn from one"
     return _values(**_totals(table, int(table[['target', 'node']].to_numpy().max()) + 1))
 
-def evaluate(node_probs:Tensor|np.ndarray, targets:Tensor|np.ndarray, tax:Taxonomy, nodes:Tensor|np.ndarray|None=None, ranking:Tensor|np.ndarray|None=None)->dict[str,float]: # keys as in `METRICS`
+def evaluate(node_probs:Tensor|np.ndarray, targets:Tensor|np.ndarray, tax:Taxonomy, nodes:Tensor|np.ndarray|None=None, ranking:Tensor|np.ndarray|None=None, cost:str='lca_height')->dict[str,float]: # keys as in `METRICS`
     "Every metric at once; the arguments are those of `per_sample`"
-    return summarise(per_sample(node_probs, targets, tax, nodes, ranking))
+    return summarise(per_sample(node_probs, targets, tax, nodes, ranking, cost))
 
 # %% ../nbs/10_metrics.ipynb #0362339b
 class TreeMetric(Metric):
@@ -376,17 +412,18 @@ class TreeMetric(Metric):
     def __init__(self,
         tax:Taxonomy, # tree
         key:str|None=None, # a key of `METRICS`; None: the dictionary of `evaluate`
+        cost:str='lca_height', # of a mistake, see `mistake_cost`
         **kwargs, # to `torchmetrics.Metric`
     ):
         super().__init__(**kwargs)
         if key is not None and key not in METRICS: raise HiermetricError(f"There is no metric {key!r}; there are {', '.join(METRICS)}.{did_you_mean(key, METRICS)}")
-        self.tax, self.key = tax, key
+        self.tax, self.key, self.cost = tax, key, choice('cost', cost, COSTS)
         for name, shape in dict(sums=(len(_SUMS)+3,), classes=(2, len(tax)), nodes=(3, len(tax)), bins=(3, 15)).items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx='sum')
 
     def update(self, node_probs:Tensor, targets:Tensor, nodes:Tensor|None=None, ranking:Tensor|None=None)->None:
         "Add a batch; the arguments are those of `per_sample`"
-        for name, x in _totals(per_sample(node_probs, targets, self.tax, nodes, ranking), len(self.tax)).items():
+        for name, x in _totals(per_sample(node_probs, targets, self.tax, nodes, ranking, self.cost), len(self.tax)).items():
             setattr(self, name, getattr(self, name) + torch.as_tensor(x, device=self.sums.device))
 
     def compute(self)->Tensor|dict[str,float]:

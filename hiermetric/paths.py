@@ -10,8 +10,8 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import HiermetricError, choice
-from .taxonomy import Taxonomy
-from .heads import LeafHead, check_numbers, create_head, label_nll, prototypes, subtree_nll
+from .taxonomy import Taxonomy, _whole_number
+from .heads import LeafHead, check_numbers, check_targets, create_head, label_nll, prototypes, subtree_nll
 from .aam import ArcFace, unit
 from .sphere import leaf_sums, sibling_log_softmax
 
@@ -247,11 +247,12 @@ class LogitAdjusted(Objective):
 
 # %% ../nbs/09_paths.ipynb #fcef0afb
 def leaf_counts(
-    targets:Tensor, # (n,) node ids, leaves or not
+    targets:Tensor|Sequence[int], # (n,) node ids, leaves or not
     taxonomy:Taxonomy, # L leaves
 )->Tensor: # (L,) float64, n in sum
     "Images of each leaf; one labelled at an inner node is spread in equal parts over the leaves under it"
-    n, start, stop = torch.bincount(targets.cpu(), minlength=len(taxonomy)).double(), taxonomy.tensor('leaf_start'), taxonomy.tensor('leaf_stop')
+    targets = torch.as_tensor(targets).cpu(); check_targets(targets, taxonomy)
+    n, start, stop = torch.bincount(targets, minlength=len(taxonomy)).double(), taxonomy.tensor('leaf_start'), taxonomy.tensor('leaf_stop')
     share = n/(stop - start)
     steps = n.new_zeros(taxonomy.n_leaves + 1).index_add(0, start, share).index_add(0, stop, -share)
     return steps.cumsum(0)[:-1].clamp_min(0)   # a rounding error below 0 is 0
@@ -420,7 +421,7 @@ def semantic_vectors(
     dim:int, # D
 )->Tensor: # (N, D) float64; the leaves' rows have length 1
     "Vectors whose products are the similarities of the tree, @eq-semantic; the best approximation if D is below L"
-    heights, leaves = taxonomy.cost_matrix('lca_height', rows=range(len(taxonomy))), taxonomy.tensor('leaves')
+    dim = _whole_number('The number of dimensions', dim); heights, leaves = taxonomy.cost_matrix('lca_height', rows=range(len(taxonomy))), taxonomy.tensor('leaves')
     S = (1 - torch.as_tensor(heights).double()/max(heights[leaves].max(), 1)).clamp_min(0)   # (N, L); 0 from the topmost fork up
     Y = torch.linalg.cholesky(S[leaves])
     U = torch.linalg.solve_triangular(Y, S.T, upper=False).T

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 from .core import FolderKind, HiermetricError, atomic_path, choice, claim_folder
-from .taxonomy import Taxonomy
+from .taxonomy import Taxonomy, _whole_number
 from .aam import unit
 from .metrics import _below, _rows, check_targets
 
@@ -104,8 +104,7 @@ def neighbours(
     own:Tensor|np.ndarray|bool|None=None, # (B,) the gallery's row that is the query itself and does not count, −1 where there is none; True: row i is query i
 )->Neighbours:
     "The exact nearest rows"
-    if not isinstance(k, int) or k < 1: raise HiermetricError(f"The number of neighbours must be 1, 2, …, not {k!r}.")
-    q, g = _pair(queries, gallery, metric)
+    k = _whole_number('The number of neighbours', k); q, g = _pair(queries, gallery, metric)
     if not len(g): raise HiermetricError("The gallery is empty; nothing is near anything.")
     return _measured(_nearest(q, g, k, metric, _own(own, len(q), len(g))), q, g, metric)
 
@@ -123,9 +122,9 @@ def _own(own:Any, queries:int, gallery:int)->Tensor|None:
     if own is True:
         if queries != gallery: raise HiermetricError(f"own=True says that query i is row i of the gallery, but there are {queries} queries and {gallery} rows.")
         return torch.arange(queries)
-    own = _tensor(own).long()
-    if own.shape != (queries,) or (own >= gallery).any(): raise HiermetricError(f"own must hold one row of the gallery (below {gallery}) for each of {queries} queries, −1 where there is none.")
-    return own
+    own = _tensor(own)
+    if own.dtype.is_floating_point or own.dtype == torch.bool or own.shape != (queries,) or ((own < -1) | (own >= gallery)).any(): raise HiermetricError(f"own must hold the number of one row of the gallery, of 0 … {gallery-1}, for each of {queries} queries, −1 where there is none.")
+    return own.long().cpu()
 
 # %% ../nbs/13_retrieval.ipynb #6254554a
 _KINDS = ('exact', 'hnsw', 'ivfpq')
@@ -167,7 +166,7 @@ class Index:
         effort:int=64, # of 'hnsw' and 'ivfpq': candidates kept, or cells looked into; more finds more and takes longer
     ):
         x = _ready(emb, metric, 'embeddings').numpy()
-        self.taxonomy, self.metric, self.effort, self.mapped = taxonomy, metric, effort, False
+        self.taxonomy, self.metric, self.effort, self.mapped = taxonomy, metric, _whole_number('The effort', effort), False
         self.kind = _kind(len(x)) if kind == 'auto' else choice('kind of index', kind, _KINDS)
         self.targets, self.dim, self.alive = check_targets(targets, taxonomy, len(x)), x.shape[1], np.ones(len(x), bool)
         self.ids, self.info = self._names(ids, len(x)), _origin(info)
@@ -194,7 +193,7 @@ def search(self:Index,
     own:Tensor|np.ndarray|None=None, # (B,) the row that is the query itself and does not count, −1 where there is none; 'exact' only
 )->Neighbours: # rows are places in `targets` and `ids`
     "The nearest images"
-    if not isinstance(k, int) or k < 1: raise HiermetricError(f"The number of neighbours must be 1, 2, …, not {k!r}.")
+    k = _whole_number('The number of neighbours', k)
     if not len(self): raise HiermetricError("The index is empty; add images first.")
     q = _ready(queries, self.metric, 'queries', self.dim); k = min(k, len(self))
     if self.kind == 'exact':
@@ -248,8 +247,7 @@ def remove(self:Index,
         ids = list(ids); gone |= np.isin(self.ids, ids)
         if (bad := set(ids) - set(self.ids[self.alive].tolist())): raise HiermetricError(f"There is no image {sorted(bad)[0]!r} in the index.")
     if nodes is not None:
-        nodes = [self.taxonomy.index(i) if isinstance(i, str) else i for i in nodes]
-        for i in check_targets(nodes, self.taxonomy, what='node') if nodes else ():
+        for i in self.taxonomy._check_ids(list(nodes)):
             gone |= (self.targets >= i) & (self.targets <= self.taxonomy.last[i])
     self.alive = self.alive & ~gone
     return n - len(self)
@@ -312,6 +310,12 @@ def _read_files(cls:Index, folder:Path, taxonomy:Taxonomy|None, mapped:bool)->In
 # %% ../nbs/13_retrieval.ipynb #ad0e7ee1
 VOTES = {'nearest': 'the first neighbour', 'majority': 'each of k neighbours has a vote', 'weighted': 'near ones have more of it', 'mean': 'the nearest class mean'}
 
+def _labelled(rows:Tensor|np.ndarray, targets:Tensor|np.ndarray, tax:Taxonomy)->np.ndarray: # node ids of rows of a gallery; of its first row where a row is −1
+    t, rows = check_targets(targets, tax), np.asarray(rows)
+    if rows.dtype.kind not in 'iu': raise HiermetricError(f"Rows are whole numbers, not {rows.dtype}.")
+    if rows.size and not -1 <= rows.min() <= rows.max() < len(t): raise HiermetricError(f"There is a neighbour in row {max(rows.max(), -rows.min())}, but the gallery has {len(t)} labels; do both belong to the same gallery?")
+    return t[np.maximum(rows, 0)]
+
 def vote_probs(
     near:Neighbours, # of B queries
     targets:np.ndarray, # (n,) node ids of the gallery
@@ -322,7 +326,7 @@ def vote_probs(
     choice('rule', rule, list(VOTES)[:3]); d = near.distances.double()
     if rule == 'weighted': w = 1/(d + 1e-6)
     else: w = (torch.arange(d.shape[1]) == 0).double().expand_as(d) if rule == 'nearest' else (1 + 1e-4*.5**torch.arange(d.shape[1], dtype=torch.float64)).expand_as(d)   # the nearest decides between equals
-    w = w.masked_fill(near.rows < 0, 0); nodes = _tensor(targets)[near.rows.clamp_min(0)]
+    w = w.masked_fill(near.rows < 0, 0); nodes = torch.as_tensor(_labelled(near.rows, targets, tax))
     votes = torch.zeros(len(d), len(tax), dtype=torch.float64).scatter_add_(1, nodes, w).cumsum(1)
     upto = F.pad(votes, (1, 0))
     return ((upto[:, tax.tensor('last') + 1] - upto[:, :-1])/upto[:, -1:].clamp_min(1e-300)).clamp_(0, 1).float()
@@ -340,8 +344,8 @@ def at_rank(
         if not len(nodes) and at != 'leaf': raise HiermetricError(f"No node has the rank {at!r}; there are {', '.join(dict.fromkeys(o for o in ranks if isinstance(o, str)))}.")
     elif isinstance(at, str) and at != 'leaf': raise HiermetricError(f"The rank {at!r} needs `ranks`, the rank of every node; without them there are 'leaf', depths and sets of nodes.")
     else: nodes = []
-    if isinstance(at, (int, np.integer)): nodes = np.flatnonzero(tax.depths == at)
-    elif not isinstance(at, str): nodes = check_targets([tax.index(o) if isinstance(o, str) else int(o) for o in at], tax, what='node')
+    if isinstance(at, (int, np.integer)) and not isinstance(at, bool): nodes = np.flatnonzero(tax.depths == at)
+    elif not isinstance(at, str): nodes = np.atleast_1d(tax._check_ids(at if isinstance(at, (bool, float, np.ndarray, Tensor)) else list(at)))
     elif at == 'leaf' and not len(nodes): nodes = tax.leaves
     if not len(nodes): raise HiermetricError(f"This tree of height {tax.height} has no node at depth {at}.")
     return _spread_down(np.unique(nodes).astype(np.int64), tax)
@@ -416,6 +420,11 @@ def classify(self:Index,
     return torch.cat([torch.where(o.values > 0, nodes[o.indices], 0) for o in best]).numpy()
 
 # %% ../nbs/13_retrieval.ipynb #441ba6e6
+def _ks(k:Sequence[int])->tuple[int,...]: # for Recall@k
+    k = tuple(_whole_number('The k of Recall@k', o) for o in (k if isinstance(k, Iterable) else (k,)))
+    if not k: raise HiermetricError("Recall@k needs a k; give one at least, such as k=(1, 5).")
+    return k
+
 def ranking_scores(
     relevant:Tensor|np.ndarray, # (B, K) bool, the first K of each ranking
     total:Tensor|np.ndarray, # (B,) R, how many of the gallery are relevant
@@ -423,7 +432,9 @@ def ranking_scores(
     at_r:bool=True, # R-precision and MAP@R as well; needs K ≥ R
 )->dict[str,Tensor]: # precision@1, recall@k …, r_precision, map@r: (B,) float64, NaN where nothing is relevant
     "The scores of @eq-retrieval, query by query"
-    rel, R = _tensor(relevant).bool(), _tensor(total)
+    k = _ks(k); rel, R = _tensor(relevant), _tensor(total)
+    if not ((rel == 0) | (rel == 1)).all(): raise HiermetricError("Relevance is true or false; `graded_scores` takes what is relevant by degrees.")
+    rel = rel.bool()
     if rel.ndim != 2 or R.shape != (len(rel),): raise HiermetricError(f"Give one row of relevances and one total a query, not shapes {tuple(rel.shape)} and {tuple(R.shape)}.")
     K, most = rel.shape[1], int(R.max()) if len(R) else 0
     if at_r and K < most: raise HiermetricError(f"R-precision and MAP@R of a query with {most} relevant images need the first {most} of its ranking, and {K} are given; give more, or leave the two out with at_r=False.")
@@ -441,7 +452,7 @@ def graded_scores(
     k:int=250, # of AHP@k; K where there are fewer
 )->dict[str,Tensor]: # hp@k for k = 1, 10, 100 as far as they go, ahp@k: (B,) float64
     "Hierarchical precision, query by query"
-    g, best = (_tensor(o).double()[:, :k].cumsum(1) for o in (gains, ideal))
+    k = _whole_number('The k of AHP@k', k); g, best = (_tensor(o).double()[:, :k].cumsum(1) for o in (gains, ideal))
     if g.shape != best.shape or g.ndim != 2: raise HiermetricError(f"Give as many ideal gains as gains, not shapes {tuple(g.shape)} and {tuple(best.shape)}.")
     hp = torch.where(best > 0, g/best.clamp_min(1e-12), math.nan)
     return {f'hp@{o}': hp[:, o-1] for o in (1, 10, 100) if o <= hp.shape[1]} | {f'ahp@{k}': hp.nanmean(1)}
@@ -453,8 +464,8 @@ def tree_gains(
     tax:Taxonomy, # tree
 )->np.ndarray: # (B, K) in [0, 1]
     "Graded relevance on the tree, @eq-gain"
-    q = np.asarray(queries).reshape(-1, 1)
-    return np.where(q == found, 1., 1 - tax.heights[tax.lca(*np.broadcast_arrays(q, found))]/max(tax.height, 1))
+    q, found = np.asarray(queries).reshape(-1, 1), np.asarray(found)
+    return np.where(q == found, 1., 1 - tax.heights[tax.lca(q, found)]/max(tax.height, 1))
 
 def ideal_gains(
     queries:np.ndarray, # (B,) node ids
@@ -464,7 +475,7 @@ def ideal_gains(
     own:bool=False, # the query is one of the gallery and does not count
 )->np.ndarray: # (B, K); 0 beyond the gallery's end
     "Gains of the best possible ranking: first all of the same node, then of its parent, and so on upwards"
-    node, back = np.unique(queries, return_inverse=True); exact = np.bincount(gallery, minlength=len(tax)); under = _below(exact, tax)
+    node, back = np.unique(check_targets(queries, tax), return_inverse=True); exact = np.bincount(check_targets(gallery, tax), minlength=len(tax)); under = _below(exact, tax)
     upto, gain = [exact[node] - own], [np.ones(len(node))]
     while (node >= 0).any():
         up = np.maximum(node, 0); upto.append(under[up] - own); gain.append(1 - tax.heights[up]/max(tax.height, 1)); node = np.where(node < 0, node, tax.parents[up])
@@ -481,8 +492,8 @@ def kmeans(
     seed:int=1234, # faiss's own
 )->tuple[Tensor, Tensor]: # (n,) int64, cluster of each row; (k, D) centres
     "k-means over all rows, by faiss; twice the same from the same seed"
-    x = _ready(emb, metric, 'embeddings')
-    if not 1 <= k <= len(x): raise HiermetricError(f"{len(x)} images fall into 1 to {len(x)} clusters, not {k}.")
+    x, k = _ready(emb, metric, 'embeddings'), _whole_number('The number of clusters', k)
+    if not k <= len(x): raise HiermetricError(f"{len(x)} images fall into 1 to {len(x)} clusters, not {k}.")
     centre = _centre(x) if metric == 'euclidean' else 0.; x = x - centre
     it = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed % 2**31, spherical=metric == 'cosine', min_points_per_centroid=1, max_points_per_centroid=len(x)); it.train(x.numpy())
     return _nearest(x, it.centroids, 1, metric).rows[:, 0], torch.from_numpy(it.centroids) + centre
@@ -492,6 +503,7 @@ def nmi(
     b:np.ndarray, # (n,) labels of another
 )->float: # 1: they say the same; 0: nothing of each other
     "Normalised mutual information, over the mean of the entropies"
+    if np.shape(a) != np.shape(b) or np.ndim(a) != 1 or not len(a): raise HiermetricError(f"Give two labels an image, and one image at least, not labels of shapes {np.shape(a)} and {np.shape(b)}.")
     (_, i), (_, j) = (np.unique(o, return_inverse=True) for o in (a, b))
     pair, n = np.unique(i*(j.max() + 1) + j, return_counts=True)
     h = lambda counts: -(p := counts/counts.sum())@np.log(p)
@@ -513,10 +525,11 @@ def retrieval_scores(
     ranks:Sequence[str|None]|None=None, # (N,) for ranks by name
 )->dict[Any,pd.DataFrame]: # by rank, 'graded' and 'labels': B rows, a column a score
     "Every score of every query"
+    k = _ks(k); graded = graded if graded is None else _whole_number('The K of AHP@K', graded)
     if gallery is None: gallery, gallery_targets, own = queries, targets, True
     q, g = _pair(queries, gallery, metric)
     if own and len(q) > len(g): raise HiermetricError(f"own=True says that query i is row i of the gallery, but there are {len(q)} queries and {len(g)} rows.")
-    judges = _judges(targets, gallery_targets, tax, at, tuple(k), graded, own, ranks, len(q), len(g))
+    judges = _judges(targets, gallery_targets, tax, at, k, graded, own, ranks, len(q), len(g))
     K = min(len(g) - own, max([*k, graded or 1, *(j.most for j in judges.values())]))
     if K < 1: raise HiermetricError("The gallery is empty but for the query itself; nothing can be ranked.")
     parts = {name: [] for name in judges}
@@ -568,7 +581,7 @@ def _judges(targets, gallery_targets, tax, at, k, graded, own, ranks, B:int, n:i
         if any(o.ndim != 2 or not ((o == 0) | (o == 1)).all() for o in y) or y[0].shape[1] != y[1].shape[1] or (len(y[0]), len(y[1])) != (B, n): raise HiermetricError(f"Without a tree the labels must be rows of 0 and 1, one an image and one column a label; got shapes {tuple(y[0].shape)} and {tuple(y[1].shape)} for {B} queries and {n} images. For node ids give the tree: tax=….")
         return {'labels': _Labels(*y, k, graded, own)}
     u, v = check_targets(targets, tax, B), check_targets(gallery_targets, tax, n)
-    place = {name if isinstance(name, (str, int)) else 'nodes': at_rank(tax, name, ranks) for name in at}
+    place = {name if isinstance(name, (str, int, np.integer)) else 'nodes': at_rank(tax, name, ranks) for name in at}
     out = {name: _Classes(torch.as_tensor(p[u]), torch.as_tensor(p[v]), k, own) for name, p in place.items()}
     return out | ({} if graded is None else {'graded': _Tree(u, v, tax, graded, own)})
 
@@ -587,7 +600,7 @@ def evaluate_retrieval(
 )->pd.DataFrame: # a row a rank, a column a score; `images` that were judged
     "Means of `retrieval_scores`, and NMI of the queries"
     choice('average', average, ('images', 'classes')); scores, rows = retrieval_scores(queries, targets, gallery, gallery_targets, tax, at, ranks=ranks, **kwargs), {}
-    place = {name: at_rank(tax, name, ranks)[np.asarray(targets)] for name in at if isinstance(name, (str, int))} if tax is not None else {}
+    place = {name: at_rank(tax, name, ranks)[np.asarray(targets)] for name in at if isinstance(name, (str, int, np.integer))} if tax is not None else {}
     for name, d in scores.items():
         by = place.get(name, np.asarray(targets) if tax is not None else np.zeros(len(d)))
         if average == 'classes' and tax is None: raise HiermetricError("Images with several labels have no one class to average over; use average='images'.")
@@ -635,7 +648,7 @@ def unseen_protocol(
 )->Protocol:
     "Both models look up the test images in the gallery of all classes"
     g, t = check_targets(gallery_targets, tax), check_targets(targets, tax)
-    held = np.asarray([tax.index(o) if isinstance(o, str) else int(o) for o in held], dtype=np.int64)
+    held = tax._check_ids(list(held))
     for what, labels in (('gallery', g), ('test', t)):
         if (bad := np.setdiff1d(held, labels)).size: raise HiermetricError(f"The held-out class {tax.names[bad[0]]!r} has no image in the {what}; the gallery holds all classes, and each held-out one is tested.")
     if not len(held) or np.isin(t, held).all(): raise HiermetricError("Some of the classes must be held out, and not all of them.")

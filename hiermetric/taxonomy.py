@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_taxonomy.ipynb #4fef02e9
 from __future__ import annotations
-import csv, functools, os, re, sys, unicodedata, warnings
+import csv, functools, operator, os, re, sys, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -373,16 +373,28 @@ def label_index(self:Taxonomy,
 # %% ../nbs/00_taxonomy.ipynb #27337557
 def _is_tensor(x:Any)->bool: return 'torch' in sys.modules and isinstance(x, sys.modules['torch'].Tensor)
 
+def _whole_number(
+    what:str, # what is counted, for the message: 'The number of neighbours'
+    x:Any, # what was given, of any integer type
+    least:int=1, # the smallest that makes sense
+)->int:
+    "A whole number, or an error; booleans and fractions are none"
+    try: n = least-1 if 'bool' in str(getattr(x, 'dtype', type(x))) else operator.index(x)
+    except TypeError: n = least-1
+    if n<least: raise HiermetricError(f"{what} must be {least}, {least+1}, {least+2}, …, not {x!r}.")
+    return n
+
 @patch
 def _check_ids(self:Taxonomy, x:Any)->Any:
     "Node ids as int64, or an error; tensors on an accelerator are not looked into, which would make them wait"
     if _is_tensor(x):
         torch = sys.modules['torch']
-        if x.is_floating_point() or x.dtype==torch.bool: raise TaxonomyError(f"Node ids are integers, not {x.dtype}.")
+        if x.is_floating_point() or x.is_complex() or x.dtype==torch.bool: raise TaxonomyError(f"Node ids are integers, not {x.dtype}.")
         if x.device.type=='cpu': self._check_ids(x.numpy())
         return x.long()
-    x = np.asarray(x)
-    if x.dtype.kind in 'UOT': x = np.reshape(self.index(x.ravel().tolist()), x.shape)
+    try: given, x = x, np.asarray(x)
+    except ValueError as e: raise TaxonomyError("Nodes are given one by one or as an array, not as lists of unlike lengths.") from e
+    if x.dtype.kind in 'UOT': x = np.reshape(self._by_name(np.asarray(given, object).ravel().tolist()), x.shape)
     if not x.size: return x.astype(np.int64)
     if x.dtype.kind not in 'iu': raise TaxonomyError(f"Node ids are integers, not {x.dtype}.")
     for worst in (int(x.min()), int(x.max())):
@@ -390,9 +402,27 @@ def _check_ids(self:Taxonomy, x:Any)->Any:
     return x.astype(np.int64, copy=False)
 
 @patch
+def _by_name(self:Taxonomy, nodes:list)->np.ndarray: # (B,)
+    "Ids of nodes of which some are named: a number is an id, also beside names"
+    for o in nodes:
+        if not isinstance(o, (str, int, np.integer)) or isinstance(o, bool): raise TaxonomyError(f"A node is a name or a whole number, not {o!r}.")
+    ids, named = list(nodes), [k for k,o in enumerate(nodes) if isinstance(o, str)]
+    for k,i in zip(named, self.index([nodes[k] for k in named]).tolist()): ids[k] = i
+    return np.array(list(map(int, ids)))
+
+@patch
+def _node(self:Taxonomy, x:Any)->int:
+    "The id of one node"
+    v = self._nodes(x)[0]
+    if v.size!=1 if isinstance(v, np.ndarray) else v.numel()!=1: raise TaxonomyError(f"One node is asked about here, not {tuple(v.shape)} of them; ask one by one.")
+    return int(v.item())
+
+@patch
 def _nodes(self:Taxonomy, *xs:Any)->list: # int64 arrays, or int64 tensors on one device
     "Ids, all in one library"
     xs = list(map(self._check_ids, xs))
+    try: np.broadcast_shapes(*(tuple(o.shape) for o in xs))
+    except ValueError as e: raise TaxonomyError(f"Nodes of the shapes {' and '.join(str(tuple(o.shape)) for o in xs)} do not go together.") from e
     like = next(filter(_is_tensor, xs), None)
     return xs if like is None else [o if _is_tensor(o) else sys.modules['torch'].as_tensor(o, device=like.device) for o in xs]
 
@@ -423,7 +453,7 @@ def ancestors(self:Taxonomy,
     node:int|str, # id or name
 )->np.ndarray: # (depth+1,) node ids from the root to the node itself
     "The root path of a node"
-    path = [int(self._nodes(node)[0])]
+    path = [self._node(node)]
     while path[-1]: path.append(int(self.parents[path[-1]]))
     return np.array(path[::-1])
 
@@ -432,7 +462,7 @@ def children(self:Taxonomy,
     node:int|str, # id or name
 )->np.ndarray: # node ids, ascending
     "The nodes right below a node"
-    i = int(self._nodes(node)[0]); out = []
+    i = self._node(node); out = []
     at = i+1
     while at<=self.last[i]: out.append(at); at = int(self.last[at])+1
     return np.array(out, np.int64)
@@ -452,7 +482,7 @@ def rank(self:Taxonomy,
     node:int|str, # id or name
 )->str: # '' where it has none
     "The name of a node's rank"
-    k = int(self.rank_of[self._nodes(node)[0]])
+    k = int(self.rank_of[self._node(node)])
     return self.ranks[k] if k>=0 else ''
 
 # %% ../nbs/00_taxonomy.ipynb #72a42e4f

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastcore.basics import patch
 from .core import HiermetricError, Registry
-from .taxonomy import Taxonomy
+from .taxonomy import Taxonomy, _whole_number
 from .features import Features
 from .heads import Model
 from .aam import unit
@@ -36,8 +36,8 @@ def draw_species(
     exclude:Iterable[int]=(), # node ids that are not to be drawn
 )->np.ndarray: # (n,) node ids of leaves, ascending
     "Leaves with training images, at random"
-    trained = np.setdiff1d(np.intersect1d(features.taxonomy.leaves, features.targets[features.split == 'train']), np.asarray(list(exclude), dtype=np.int64))
-    if not 0 < n < len(trained): raise HiermetricError(f"{n} species cannot be held out of {len(trained)} that have training images; at least one must go and one must stay.")
+    n, trained = _whole_number('The number of species', n), np.setdiff1d(np.intersect1d(features.taxonomy.leaves, features.targets[features.split == 'train']), features.taxonomy._check_ids(list(exclude)))
+    if not n < len(trained): raise HiermetricError(f"{n} species cannot be held out of {len(trained)} that have training images; at least one must go and one must stay.")
     return np.sort(np.random.default_rng(seed).choice(trained, n, replace=False))
 
 # %% ../nbs/12_unseen.ipynb #26ef8377
@@ -47,13 +47,13 @@ def hold_out(
 )->Features: # the same vectors; all images of these species are in the split 'unseen'
     "Take whole species out of training, validation and test"
     tax = features.taxonomy
-    nodes = np.asarray([tax.index(o) if isinstance(o, str) else int(o) for o in species], dtype=np.int64)
+    nodes = tax._check_ids([species] if isinstance(species, str) else list(species))
     for i in nodes:
-        if not 0 <= i < len(tax) or tax.heights[i]: raise HiermetricError(f"{tax.names[i]!r} is no leaf; hold out its species, one by one." if 0 <= i < len(tax) else f"There is no node {i} in this tree of {len(tax)} nodes.")
+        if tax.heights[i]: raise HiermetricError(f"{tax.names[i]!r} is no leaf; hold out its species, one by one.")
         if i not in features.targets: raise HiermetricError(f"{tax.names[i]!r} cannot be held out: there are no images of it.")
     split = np.where(np.isin(features.targets, nodes), 'unseen', features.split)
     if not (split == 'train').any(): raise HiermetricError("Nothing is left to train on; hold out fewer species.")
-    return replace(features, split=split, meta=features.meta | {'held_out': [tax.path(i) for i in np.unique(nodes)]})
+    return replace(features, split=split, meta=features.meta | {'held_out': list(dict.fromkeys([*features.meta.get('held_out', ()), *(tax.path(i) for i in np.unique(nodes))]))})
 
 # %% ../nbs/12_unseen.ipynb #164a584c
 def known_leaves(
@@ -103,13 +103,17 @@ class Outputs:
     logits:Tensor # (n, L) of the leaves; −∞ where a leaf is not known
     node_probs:Tensor # (n, N) conditioned on the known leaves
 
+    def __post_init__(self): # arrays serve as well, and half precision is no precision to add up in
+        for o in fields(self):
+            if getattr(self, o.name) is not None: x = torch.as_tensor(getattr(self, o.name)); setattr(self, o.name, x.to(torch.promote_types(x.dtype, torch.float32)))
+
     def __len__(self)->int: return len(self.emb)
     def __getitem__(self, rows)->Outputs: return Outputs(*(getattr(self, o.name)[rows] for o in fields(self)))
 
 @torch.inference_mode()
 def model_outputs(
     model:Model, # trained; left in eval mode
-    x:Tensor, # (n, F) features
+    x:Tensor|np.ndarray, # (n, F) features
     known:np.ndarray|None=None, # (L,) bool, the leaves it was trained on; None: all
     batch_size:int=4096, # rows at a time
 )->Outputs: # float32, on the CPU
@@ -117,7 +121,7 @@ def model_outputs(
     model.eval()
     known = np.ones(model.taxonomy.n_leaves, bool) if known is None else known
     device = next(model.parameters()).device
-    parts = [_outputs(model, o.to(device), known) for o in x.split(batch_size)]
+    parts = [_outputs(model, o.to(device), known) for o in torch.as_tensor(x).split(_whole_number('The batch size', batch_size))]
     return Outputs(*(torch.cat(o).float().cpu() for o in zip(*parts)))
 
 # %% ../nbs/12_unseen.ipynb #5412b010
@@ -190,8 +194,7 @@ class Clade(Detector):
     def __init__(self,
         steps:int=1, # edges above the best leaf; 0 is the leaf itself
     ):
-        if not isinstance(steps, int) or steps < 0: raise HiermetricError(f"The steps above the best leaf must be 0, 1, 2, …, not {steps!r}.")
-        self.steps = steps
+        self.steps = _whole_number('The steps above the best leaf', steps, 0)
 
     def _score(self, o:Outputs)->Tensor: return 1 - o.node_probs.gather(1, _above(o.node_probs, self.tax, self.steps)[:, None])[:, 0]
 
@@ -205,12 +208,13 @@ def _above(p:Tensor, tax:Taxonomy, steps:int)->Tensor: # (B, N) to (B,)
 
 # %% ../nbs/12_unseen.ipynb #fc57b524
 def node_prototypes(
-    emb:Tensor, # (n, D) embeddings of the training images
-    targets:Tensor, # (n,) node ids
+    emb:Tensor|np.ndarray, # (n, D) embeddings of the training images
+    targets:Tensor|np.ndarray, # (n,) node ids
     tax:Taxonomy, # tree over the N nodes
 )->Tensor: # (N, D) float32, length 1; 0 where nothing at or below the node is labelled
     "Hyperspherical prototypes of all nodes, @eq-prototypes"
-    own = emb.new_zeros(len(tax), emb.shape[1], dtype=torch.float64).index_add_(0, targets, unit(emb.double()))
+    emb = torch.as_tensor(emb); t = torch.as_tensor(check_targets(targets, tax, len(emb)), device=emb.device)
+    own = emb.new_zeros(len(tax), emb.shape[1], dtype=torch.float64).index_add_(0, t, unit(emb.double()))
     upto = F.pad(unit(own).cumsum(0), (0, 0, 1, 0))
     return unit(upto[tax.tensor('last', emb.device) + 1] - upto[:-1]).float()
 
@@ -229,8 +233,7 @@ class KNN(Detector):
     def __init__(self,
         k:int=10, # neighbours
     ):
-        if not isinstance(k, int) or k < 1: raise HiermetricError(f"The number of neighbours k must be 1, 2, …, not {k!r}.")
-        self.k = k
+        self.k = _whole_number('The number of neighbours k', k)
 
     def _learn(self, outputs, targets, tax):
         if len(outputs) < self.k: raise HiermetricError(f"There are {len(outputs)} training images and k={self.k} neighbours are asked for; lower k.")
@@ -277,6 +280,7 @@ def auroc(
     "Chance that a stranger looks stranger"
     from scipy.stats import rankdata
     a, b = (np.asarray(o, dtype=float) for o in (known, unseen))
+    if np.isnan(a).any() or np.isnan(b).any(): raise HiermetricError("A score is NaN; leave out the images that cannot be judged.")
     if not (len(a) and len(b)): raise HiermetricError("AUROC compares known with unseen images, and one of the two is missing.")
     return float((rankdata(np.concatenate([a, b]))[len(a):].mean() - (len(b) + 1)/2)/len(a))
 
@@ -450,9 +454,8 @@ class StepsUp(Placement):
         detector:str='clade', # a name of `list_detectors()`
         detector_kw:dict|None=None, # its settings
     ):
-        if not isinstance(steps, int) or steps < 1: raise HiermetricError(f"The steps above the best leaf must be 1, 2, 3, …, not {steps!r}.")
         super().__init__(detector, detector_kw)
-        self.steps = steps
+        self.steps = _whole_number('The steps above the best leaf', steps)
 
     def _elsewhere(self, o:Outputs)->Tensor: return _above(o.node_probs, self.tax, self.steps)
 
@@ -547,6 +550,7 @@ def rehearse(
 )->list[Rehearsal]: # probabilities are tempered
     "Keep known species from models, an eighth in each of eight rounds"
     keep, species = np.flatnonzero(features.split != 'unseen'), features.taxonomy.leaves[known_leaves(features)]
+    rounds = _whole_number('The number of rounds', rounds)
     if not 2 <= rounds <= len(species): raise HiermetricError(f"{len(species)} known species can rehearse in 2 to {len(species)} rounds, not in {rounds}.")
     own = replace(features, x=np.asarray(features.x[keep]), targets=features.targets[keep], split=features.split[keep], paths=None if features.paths is None else features.paths[keep])
     out = []
@@ -637,6 +641,7 @@ def balanced(
     "Mean over the classes of the mean over their images"
     _, c = np.unique(classes, return_inverse=True)
     v = np.asarray(values, dtype=float)
+    if not len(c) or len(v) != len(c): raise HiermetricError(f"Give one class an image, and one image at least; there are {len(v)} values and {len(c)} classes.")
     w = 1/(np.bincount(c)[c]*(c.max() + 1))
     return w@v
 
@@ -661,7 +666,7 @@ def known_novel_curve(
     points:int=101, # limits to try, at quantiles of the novelty
 )->pd.DataFrame: # limit, falling; known, novel: shares of right answers, the second balanced over the species
     "What is gained on strangers for what is lost on acquaintances"
-    placement._check_fitted(); tax = placement.tax
+    placement._check_fitted(); tax, points = placement.tax, _whole_number('The number of points', points, 3)
     t, u = _labels(known, targets, tax, 'The curve').numpy(), _labels(unseen, species, tax, 'The curve').numpy()
     right = known_ancestor(tax, placement.known.numpy())[u]
     s = torch.cat([placement.novelty(known), placement.novelty(unseen)]).numpy()

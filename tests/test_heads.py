@@ -141,7 +141,7 @@ def test_bad_batches(name, call, message):
 @pytest.mark.parametrize('call,message', [
     (lambda: create_head('arcfase', D, TAX), "There is no head 'arcfase'"),
     (lambda: create_head('arcface', D, TAX, margin=.3), "The head 'arcface' has no setting 'margin'; it has s, m, tail, init, class_weights."),
-    (lambda: create_head('classifier', 0, TAX), 'at least one input feature, not 0'),
+    (lambda: create_head('classifier', 0, TAX), 'input features of a head must be 1, 2, 3, …, not 0'),
     (lambda: create_head('classifier', D, TAX, init='zeros'), "There is no initialisation 'zeros'"),
     (lambda: create_head('classifier', D, TAX, class_weights=[1]*5), 'Class weights must be 6 finite numbers, none below 0, in the order of tax.leaves; got shape (5,).'),
     (lambda: create_head('classifier', D, TAX, class_weights=[1]*5 + [-1]), 'none below 0'),

@@ -156,7 +156,7 @@ def test_what_is_removed_is_what_was_named():
         i = Index(x, t, tax); assert i.remove(rows=rows) == 2 and not i.alive[[3, 7]].any() and len(i) == n - 2
     i = Index(x, t, tax); assert i.remove(rows=[]) == i.remove(nodes=[]) == 0
     for kw, says in ((dict(rows=[-1]), 'There is no row -1; the index has the rows 0'), (dict(rows=[0, n]), f'There is no row {n};'), (dict(rows=[1.7]), 'Rows are whole numbers'), (dict(rows=[True, False]), f'one value for each of the {n} rows'),
-                     (dict(nodes=[-1]), "is -1, outside the tree's node ids"), (dict(nodes=[1.7]), 'integers'), (dict(nodes=[len(tax)]), "outside the tree's node ids")):
+                     (dict(nodes=[-1]), 'There is no node -1'), (dict(nodes=[1.7]), 'integers'), (dict(nodes=[len(tax)]), f'There is no node {len(tax)}')):
         with pytest.raises(HiermetricError, match=says): i.remove(**kw)
     assert len(i) == n
 

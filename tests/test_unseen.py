@@ -237,7 +237,7 @@ def test_bad_input_is_one_clear_sentence():
     def bad(what, call):
         with pytest.raises(HiermetricError, match=what) as e: call()
         assert '\n' not in str(e.value)
-    bad('at least one must go', lambda: draw_species(f, 4)); bad('at least one must go', lambda: draw_species(f, 0))
+    bad('at least one must go', lambda: draw_species(f, 4)); bad('number of species', lambda: draw_species(f, 0))
     bad("'x' is no leaf", lambda: hold_out(f, ['x'])); bad('no node 99', lambda: hold_out(f, [99])); bad('There is no', lambda: hold_out(f, ['zebra']))
     bad('no images of it', lambda: hold_out(Features(f.x[:6], f.targets[:6], f.split[:6], tax), ['d'])); bad('Nothing is left', lambda: hold_out(f, tax.leaves))
     bad('4 booleans', lambda: known_probs(o.node_probs, tax, np.ones(3, bool))); bad('4 booleans', lambda: known_ancestor(tax, np.ones(4))); bad('No leaf is known', lambda: known_ancestor(tax, np.zeros(4, bool)))
