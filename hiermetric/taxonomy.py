@@ -117,7 +117,11 @@ def _frozen(a:np.ndarray)->np.ndarray:
 def _clean(name:Any)->str: # '' for a null
     "No blanks around it, no byte-order mark, composed Unicode"
     if not isinstance(name, str): return '' if name is None or name!=name else str(name)
-    return unicodedata.normalize('NFC', name.replace('\ufeff', '')).strip()
+    return unicodedata.normalize('NFC', _whole(name).replace('\ufeff', '')).strip()
+
+def _whole(name:str)->str:
+    "A name of the file system, whose UTF-8 a locale such as C takes for single bytes"
+    return name if name.isascii() else name.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
 
 def _pack(names:Iterable[str])->Names:
     "`Names` of any strings, with their accents composed"
@@ -324,7 +328,7 @@ def _escaped(
     also:str='', # characters that have a meaning where it is written
 )->str: # text in valid UTF-8 on one line
     r"Control characters, bytes that are no text, and the characters of `also`, as `\xNN`"
-    return _unsayable(also).sub(lambda m: f'\\x{ord(m[0])&0xff:02x}', text)
+    return _unsayable(also).sub(lambda m: f'\\x{ord(m[0])&0xff:02x}', _whole(text))
 
 def _restored(text:str)->str:
     "What `_escaped` was given"
