@@ -703,7 +703,7 @@ class Format:
         with Path(path).open('rb') as f:
             part, at, inside = [], 0, 0
             for line in f:
-                part.append(line); at += len(line); inside ^= line.count(b'"') & 1 & self.heads   # JSON breaks no line
+                part.append(line); at += len(line); inside ^= line.count(b'"') & (self.heads > 0)   # JSON breaks no line
                 if line.endswith(b'\n') and not inside: yield at, b''.join(part).decode('utf-8', 'surrogateescape').removeprefix('\ufeff'), True; part = []
             if part: yield at, b''.join(part).decode('utf-8', 'surrogateescape').removeprefix('\ufeff'), False
 
