@@ -20,7 +20,8 @@ from .core import HiermetricError
 __all__ = ['app', 'compare', 'features', 'train', 'evaluate', 'predict', 'show']
 
 # %% ../nbs/16_cli.ipynb #ecb9b069
-def _say(text:str, style:str)->None: Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+def _text(text:str, style:str='')->Text: return Text(text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace'), style=style)   # names of files need not be text
+def _say(text:str, style:str)->None: Console(stderr=True).print(_text(text, style), soft_wrap=True)
 
 _REMEDIES = {'ENOSPC': 'make room', 'EDQUOT': 'make room', 'EROFS': 'choose another place', 'EACCES': 'allow it or choose another place', 'EPERM': 'allow it or choose another place', 'ENAMETOOLONG': 'choose a shorter name',
              'EEXIST': 'a file stands where a folder should be; choose another place', 'ENOTDIR': 'a file stands where a folder should be; choose another place', 'EISDIR': 'a folder stands where a file should be; choose another place', 'ENOENT': 'look at the spelling', 'EMFILE': 'close some programs'}
@@ -178,7 +179,7 @@ def compare(
     report = compare(features, _names(heads), seeds, _names(rules), yardstick=yardstick, tune=tune, out=where, progress=True, device=device, **({'epochs': epochs} if epochs else {}))
     first = ['top-1 %', 'macro %', 'HD@1', 'severity', 'hF1 %', 'NLL']
     _print_table(report.table[first + [o for o in report.table if o not in first]], report.info['data set'], f"± half the 95 % interval over seeds; ▲ better, ▼ worse than {report.runs['head'].iloc[0]} under the same rule")
-    Console().print(Text(f'{report.verdict()}\nReport: {where/"report.html"}'), soft_wrap=True)
+    Console().print(_text(f'{report.verdict()}\nReport: {where/"report.html"}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #e3bb594a
 @app.command()
@@ -203,7 +204,7 @@ def features(
     f = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad)
     if out is not None: f.save(out)
     counts = ', '.join(f'{n:,} {s}' for s, n in Counter(f.split).items())
-    Console().print(Text(f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}' + (f'\nSaved: {out}' if out else '')), soft_wrap=True)
+    Console().print(_text(f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}' + (f'\nSaved: {out}' if out else '')), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #e38b9b9c
 _KEYS = dict(data='data.name', taxonomy='data.taxonomy', tree='data.tree', sep='data.sep', contract='data.contract', held_out='data.held_out', head='head', seed='seed', epochs='epochs', lr='lr', backbone='backbone', size='image_size', log='log')   # option → setting
@@ -263,7 +264,7 @@ def train(
     from hiermetric.predictor import Predictor
     seen = extract(inputs, run.model.backbone, skip_bad=skip_bad, progress=True) if cfg.images else inputs   # a trained backbone has features of its own
     Predictor.from_model(run.model, seen, ranks, detector).save_pretrained(where/'model', model_card_kwargs={'repo_id': str(where)})
-    Console().print(Text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
+    Console().print(_text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #f6daff36
 @app.command()
@@ -382,9 +383,10 @@ def show(
     [cyan]hiermetric taxonomy show planktonset --depth 2[/]
     """
     from rich.tree import Tree
+    from hiermetric.taxonomy import _escaped
     tax = _read_tree(source, tree, sep)
     size = tax.leaf_stop - tax.leaf_start
-    name = lambda i: Text.assemble(str(tax.names[i]), (f'  {size[i]:,}', 'dim') if tax.heights[i] else '', (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '')
+    name = lambda i: Text.assemble(_escaped(tax.names[i]), (f'  {size[i]:,}', 'dim') if tax.heights[i] else '', (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '')
     branches = {0: Tree(name(0))}
     for i in range(1, len(tax)):
         if depth is None or tax.depths[i] <= depth: branches[i] = branches[int(tax.parents[i])].add(name(i))

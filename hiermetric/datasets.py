@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from rich.progress import track
 from .core import HiermetricError, Registry, atomic_path, cache_dir, data_dir, did_you_mean, download, fingerprint, unpack
-from .taxonomy import Taxonomy, _clean
+from .taxonomy import Taxonomy, _clean, _whole
 from .wordnet import wordnet_names, wordnet_taxonomy
 
 # %% auto #0
@@ -191,7 +191,7 @@ def _class_of(
     names = Counter(tax.names)
     found, place = {}, {}
     for folder in folders.unique():
-        whole = unicodedata.normalize('NFC', folder); name = whole.rpartition('/')[2]
+        whole = unicodedata.normalize('NFC', _whole(folder)); name = whole.rpartition('/')[2]
         if len(tax.labels.get(name, ())) != 1 and (names[name] > 1 or name in tax.labels): name = whole
         if name in place: raise HiermetricError(f"Class {name!r} is in two places, {place[name]} and {folder}; put its images together or rename one.")
         found[folder], place[name] = name, folder

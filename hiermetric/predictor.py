@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 from . import core
 from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean
-from .taxonomy import Taxonomy, TaxonomyError, TaxonomyWarning, _clean, _escaped, _restored
+from .taxonomy import Taxonomy, TaxonomyError, TaxonomyWarning, _clean, _escaped, _restored, _whole
 from .datasets import IMAGE_TYPES, _nearby
 from .backbones import Backbone, create_backbone
 from .features import Features, _batches, _engines, _threads, choose_engine
@@ -570,7 +570,8 @@ def generate_model_card(self:Predictor, **kwargs)->ModelCard:
     number = lambda k, how: format(a[k], how) if k in a else 'unknown'
     facts = dict(title=f"{a.get('head', 'model')} on {a.get('data', 'images')}", leaves=tax.n_leaves, nodes=len(tax), height=tax.height, head=a.get('head', 'unknown'), backbone=spec.get('backbone', 'unknown'), size=spec.get('size', 'unknown'),
                  val_images=f'{len(self.val_targets):,}', top1=number('top1', '.1%'), nll_before=number('nll_before', '.3f'), nll=number('nll', '.3f'), temperature=f'{self.temperature:.3f}', taxonomy=tax.fingerprint, fingerprint=self.fingerprint)
-    return super(Predictor, self).generate_model_card(**{'repo_id': 'FOLDER'} | facts | kwargs)
+    said = {'repo_id': 'FOLDER'} | facts | kwargs
+    return super(Predictor, self).generate_model_card(**{k: _whole(v).encode('utf-8', 'backslashreplace').decode() if isinstance(v, str) else v for k, v in said.items()})
 
 # %% ../nbs/15_predictor.ipynb #3a1cb1f4
 def model_folder(

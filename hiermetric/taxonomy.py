@@ -486,7 +486,7 @@ def _tidy(names:Iterable)->list[str]:
     except TypeError: plain = False
     if not plain: out = list(map(_clean, names))
     if out!=names:
-        changed = [o for o,c in zip(names, out) if isinstance(o, str) and o!=c and c]
+        changed = [o for o,c in zip(names, out) if isinstance(o, str) and _whole(o)!=c and c]
         if changed: warnings.warn(f"{len(changed):,} names were cleaned of blanks around them, byte-order marks or split accents: {_few(changed)}.", TaxonomyWarning, stacklevel=2)
     return out
 
