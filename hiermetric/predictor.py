@@ -828,7 +828,7 @@ class AnswerFile:
         format:str='csv', # one of `FORMATS`
         about:dict|None=None, # what makes the answers: continued only with the same
     ):
-        self.path, self.format, self.about = Path(path), FORMATS[format](), json.loads(json.dumps({'format': format} | (about or {}), default=str))
+        self.path, self.format, self.about = Path(path), FORMATS[format](), json.loads(_whole(json.dumps({'format': format} | (about or {}), default=str, ensure_ascii=False)))
         self.note = self.path.with_name(f'{self.path.name}.json')
         self.bytes, self.images, self._head, self._seen, self.base = 0, 0, None, _Seen(), os.getcwd()
         if self.path.exists(): self._resume()
