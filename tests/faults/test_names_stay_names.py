@@ -1,6 +1,5 @@
 "A name is one name at every door and in every table: slashes and other signs, null words, accents, two taxa of one name, a class called root, a locale without letters."
 import csv, os, subprocess, sys, unicodedata, warnings
-from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
