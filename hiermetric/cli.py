@@ -4,7 +4,7 @@
 
 # %% ../nbs/16_cli.ipynb #6bf67835
 from __future__ import annotations
-import errno, os, sys, warnings
+import errno, os, re, sys, warnings
 from collections import Counter
 from contextlib import nullcontext
 from fnmatch import fnmatch
@@ -32,6 +32,11 @@ def _system(e:Exception)->str:
     remedy = _REMEDIES.get(errno.errorcode.get(getattr(e, 'errno', None), ''))
     return f"{where}{what}{f'; {remedy}' if remedy else ''}."
 
+def _hidden(e:Exception)->OSError|None:
+    "The operating system's error in one of a library that is written in Rust"
+    code = re.search(r'os error (\d+)', str(e)) if type(e).__module__.split('.')[0] in ('safetensors', 'safetensors_rust') else None
+    return code and OSError(int(code[1]), os.strerror(int(code[1])), (re.findall(r'at path "(.+)"', str(e)) or [None])[0])
+
 def _readable()->None:
     "Terminals that lack letters get them as escapes; what goes to a file or a pipe is UTF-8"
     for o in (sys.stdout, sys.stderr):
@@ -56,8 +61,8 @@ class _Group(TyperGroup):
             except Exception as e:
                 if ctx.params.get('debug') or type(e).__module__.split('.')[0] in ('builtins', 'click', 'typer', 'torch'): raise
                 from hiermetric.predictor import _of_network
-                if not _of_network(e): raise
-                _say(f'Error: The network did not give what was asked for: {_system(e)}', 'bold red')
+                if not (_hidden(e) or _of_network(e)): raise
+                _say(f"Error: {_system(_hidden(e)) if _hidden(e) else f'The network did not give what was asked for: {_system(e)}'}", 'bold red')
                 raise typer.Exit(1) from e
             except KeyboardInterrupt as e:
                 _say('Stopped.' + (' The same command goes on from here.' if ctx.invoked_subcommand in ('compare', 'features', 'train', 'predict') else ''), 'yellow')

@@ -193,7 +193,7 @@ def _class_of(
     for folder in folders.unique():
         whole = unicodedata.normalize('NFC', _whole(folder)); name = whole.rpartition('/')[2]
         if len(tax.labels.get(name, ())) != 1 and (names[name] > 1 or name in tax.labels): name = whole
-        if name in place: raise HiermetricError(f"Class {name!r} is in two places, {place[name]} and {folder}; put its images together or rename one.")
+        if name in place: raise HiermetricError(f"Class {name!r} is in two places, {place[name]} and {folder}; if that is one class, put its images together, and if these are two, rename one or give the taxonomy both.")
         found[folder], place[name] = name, folder
     return folders.map(found)
 

@@ -196,6 +196,14 @@ def test_places_that_cannot_be_written(tmp_path, predict, monkeypatch):
     assert (tmp_path/'file').read_text() == 'precious' and sorted(o.name for o in tmp_path.iterdir()) == ['file', 'in']
     r = predict('in', '--within', ','.join(['Copepoda']*60), '--out', 't.csv', at=tmp_path); assert r.code == 0, r.err   # a list that is too long for the name of a file
 
+def test_what_a_library_was_refused_is_one_sentence(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+    from typer.testing import CliRunner
+    import hiermetric.cli as cli
+    for place, why in (('gone/x', 'No such file or directory; look at the spelling.'), ('x'*300, 'File name too long; choose a shorter name.')):
+        monkeypatch.setattr(cli, '_read_tree', lambda *_: save_file({'a': torch.zeros(3)}, tmp_path/place))
+        r = CliRunner().invoke(cli.app, ['taxonomy', 'show', 'x']); assert r.exit_code == 1 and r.stderr.startswith('Error: ') and r.stderr.endswith(why + '\n'), r.stderr
+
 def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
     from typer.testing import CliRunner
     from hiermetric.cli import app
