@@ -842,9 +842,9 @@ class AnswerFile:
         if other := [f'{k} {theirs.get(k)!r}, now {self.about.get(k)!r}' for k in {**theirs, **self.about} if theirs.get(k) != self.about.get(k)]: raise HiermetricError(f"{self.path} holds answers to another question: {'; '.join(other)}. Choose another file, or remove it to start over.")
         if self.path.stat().st_size < noted: raise HiermetricError(f"{self.path} is shorter than {self.note.name} says; remove both to start over.")
         if folder is not None: self.base = os.path.normpath(os.path.join(os.path.realpath(self.path.parent), folder))
-        self._read_back(noted, end)
+        self._read_back(noted, end, found.get('images', 0))
 
-    def _read_back(self, noted:int, end:int)->None:
+    def _read_back(self, noted:int, end:int, counted:int)->None:
         "Take every whole row for an answer, whoever wrote it; cut off what a crash left of ours"
         size, good, half, more, form = self.path.stat().st_size, 0, '', [], self.format
         for n, (at, line, whole) in enumerate(form.lines(self.path)):
@@ -863,7 +863,8 @@ class AnswerFile:
             if size >= end: warnings.warn(f"{self.path} ended in half a line, which was cut off: {half}", stacklevel=4)
         elif size and not whole:
             with self.path.open('ab') as f: good += f.write(b'\n')
-        if more: warnings.warn(f"{self.path} holds {len(more)} rows that were added since the last answer ({', '.join(o['image'] for o in more[:3])}{', …' if len(more) > 3 else ''}); they stay, and their images count as answered.", stacklevel=4)
+        if more and (n := self.images - counted) > 0: warnings.warn(f"{self.path} holds {n} rows that were added since the last answer (the last for {more[-1]['image']}); they stay, and their images count as answered.", stacklevel=4)
+        elif more: warnings.warn(f"{self.path} was changed since the last answer; its {self.images} rows stay as they are.", stacklevel=4)
         self.bytes = good; self._write_note()
 
     def append(self, table:pd.DataFrame)->None:

@@ -65,7 +65,7 @@ def line(format, image): return FORMATS[format]().write(told([image]), first=Fal
 @pytest.mark.parametrize('end', [b'\n', b'\r\n', b'', b'\n\n'], ids=['lf', 'crlf', 'none', 'blank line'])
 def test_a_row_added_by_hand_stays(tmp_path, format, end):
     path, before = grown(tmp_path, format, line(format, 'b.png').rstrip(b'\n') + end)
-    with pytest.warns(UserWarning, match=r'holds 1 rows that were added since the last answer \(b.png\)'): file = AnswerFile(path, format)
+    with pytest.warns(UserWarning, match=r'holds 1 rows that were added since the last answer \(the last for b.png\)'): file = AnswerFile(path, format)
     assert list(file.missing(['a.png', 'b.png', 'c.png'])) == ['c.png'] and file.images == 2
     file.append(told(['c.png']))
     assert FORMATS[format]().read(path)['image'].tolist() == ['a.png', 'b.png', 'c.png'] and path.read_bytes().startswith(before)
@@ -74,7 +74,8 @@ def test_a_row_added_by_hand_stays(tmp_path, format, end):
 def test_a_row_changed_by_hand_stays(tmp_path, format):
     path = tmp_path/'t'; AnswerFile(path, format).append(told(['a.png', 'b.png']))
     text = path.read_text(encoding='utf-8'); path.write_text(text.replace('Calanus', 'Calanus or so'), encoding='utf-8')
-    file = AnswerFile(path, format); file.append(told(['c.png']))
+    with pytest.warns(UserWarning, match='was changed since the last answer; its 2 rows stay'): file = AnswerFile(path, format)
+    file.append(told(['c.png']))
     assert FORMATS[format]().read(path)['guess'].tolist() == ['Calanus or so']*2 + ['Calanus'] and not list(file.missing(['a.png', 'b.png']))
 
 @pytest.mark.parametrize('more', [b'b.png,Calanus\n', b'precious words\n', line('csv', 'b.png').replace(b'0.75', b'sure'), b'"b.png,Calanus\nc.png,Calanus\n'], ids=['short', 'words', 'no number', 'open quote'])
