@@ -4,8 +4,10 @@
 
 # %% ../nbs/16_cli.ipynb #6bf67835
 from __future__ import annotations
-import warnings
+import errno, os, re, sys, warnings
 from collections import Counter
+from contextlib import nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 import typer
@@ -18,7 +20,27 @@ from .core import HiermetricError
 __all__ = ['app', 'compare', 'features', 'train', 'evaluate', 'predict', 'show']
 
 # %% ../nbs/16_cli.ipynb #ecb9b069
-def _say(text:str, style:str)->None: Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+def _text(text:str, style:str='')->Text: return Text(text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace'), style=style)   # names of files need not be text
+def _say(text:str, style:str)->None: Console(stderr=True).print(_text(text, style), soft_wrap=True)
+
+_REMEDIES = {'ENOSPC': 'make room', 'EDQUOT': 'make room', 'EROFS': 'choose another place', 'EACCES': 'allow it or choose another place', 'EPERM': 'allow it or choose another place', 'ENAMETOOLONG': 'choose a shorter name',
+             'EEXIST': 'a file stands where a folder should be; choose another place', 'ENOTDIR': 'a file stands where a folder should be; choose another place', 'EISDIR': 'a folder stands where a file should be; choose another place', 'ENOENT': 'look at the spelling', 'EMFILE': 'close some programs'}
+
+def _system(e:Exception)->str:
+    "What the operating system, or the network, said no to"
+    what, where = getattr(e, 'strerror', None) or (str(e) or type(e).__name__).strip().splitlines()[0].rstrip('.'), f'{o}: ' if (o := getattr(e, 'filename', None)) is not None else ''
+    remedy = _REMEDIES.get(errno.errorcode.get(getattr(e, 'errno', None), ''))
+    return f"{where}{what}{f'; {remedy}' if remedy else ''}."
+
+def _hidden(e:Exception)->OSError|None:
+    "The operating system's error in one of a library that is written in Rust"
+    code = re.search(r'os error (\d+)', str(e)) if type(e).__module__.split('.')[0] in ('safetensors', 'safetensors_rust') else None
+    return code and OSError(int(code[1]), os.strerror(int(code[1])), (re.findall(r'at path "(.+)"', str(e)) or [None])[0])
+
+def _readable()->None:
+    "Terminals that lack letters get them as escapes; what goes to a file or a pipe is UTF-8"
+    for o in (sys.stdout, sys.stderr):
+        if hasattr(o, 'reconfigure'): o.reconfigure(**{} if o.isatty() else {'encoding': 'utf-8'}, errors='backslashreplace')
 
 class _Group(TyperGroup):
     "Commands whose user mistakes end in one sentence on stderr and exit code 1"
@@ -30,11 +52,21 @@ class _Group(TyperGroup):
                 if str(message) not in said: _say(f'Note: {message}', 'yellow')
                 said.add(str(message))
             warnings.showwarning = note
+            _readable()
             try: return super().invoke(ctx)
-            except HiermetricError as e:
-                if ctx.params.get('debug'): raise
-                _say(f'Error: {e}', 'bold red')
+            except (HiermetricError, OSError) as e:
+                if ctx.params.get('debug') or getattr(e, 'errno', None) == errno.EPIPE: raise   # nobody reads on: click ends quietly
+                _say(f'Error: {e if isinstance(e, HiermetricError) else _system(e)}', 'bold red')
                 raise typer.Exit(1) from e
+            except Exception as e:
+                if ctx.params.get('debug') or type(e).__module__.split('.')[0] in ('builtins', 'click', 'typer', 'torch'): raise
+                from hiermetric.predictor import _of_network
+                if not (_hidden(e) or _of_network(e)): raise
+                _say(f"Error: {_system(_hidden(e)) if _hidden(e) else f'The network did not give what was asked for: {_system(e)}'}", 'bold red')
+                raise typer.Exit(1) from e
+            except KeyboardInterrupt as e:
+                _say('Stopped.' + (' The same command goes on from here.' if ctx.invoked_subcommand in ('compare', 'features', 'train', 'predict') else ''), 'yellow')
+                raise typer.Exit(130) from e
 
 # %% ../nbs/16_cli.ipynb #7e2c4173
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
@@ -93,6 +125,16 @@ def _folder(out:Path|None, data:str, *more:str)->Path:
     "`--out`, or a place under runs/ that is named after the data"
     return out if out is not None else Path('runs', Path(data).name, *more)
 
+# %% ../nbs/16_cli.ipynb #c4a17071
+_Sep = Annotated[str | None, typer.Option('--sep', help="What parts the ranks of a lineage in a CSV; by default the one of / > ; | that the file uses. A name that holds a / wants another.")]
+
+def _tree(taxonomy:str|None, tree:int|None, sep:str|None)->tuple:
+    "`--taxonomy` and `--tree`, read already where `--sep` says how"
+    if sep is None: return taxonomy, tree
+    from hiermetric.datasets import read_taxonomy
+    if taxonomy is None: raise HiermetricError("--sep parts the lineages of a CSV, and no CSV is given; give one with --taxonomy.")
+    return read_taxonomy(taxonomy, tree, sep), None
+
 # %% ../nbs/16_cli.ipynb #4fa556fd
 def _print_table(table:pd.DataFrame, title:str, caption:str|None=None)->None:
     "A table as wide as the terminal allows: the last columns stay in the report"
@@ -116,6 +158,7 @@ def compare(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
     tree:_Which=None,
+    sep:_Sep=None,
     contract:_Contract=False,
     held_out:_Held=None,
     heads:Annotated[str, typer.Option(help="Names with commas between them; the first is the baseline.")]='classifier,arcface',
@@ -136,12 +179,12 @@ def compare(
 
     [cyan]hiermetric compare --data planktonset --heads classifier,arcface,subcenter --seeds 5[/]
     """
-    features, where = _features(data, taxonomy, tree, contract, held_out, backbone, size, skip_bad), _folder(out, data)
+    features, where = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad), _folder(out, data)
     from hiermetric.experiment import compare
     report = compare(features, _names(heads), seeds, _names(rules), yardstick=yardstick, tune=tune, out=where, progress=True, device=device, **({'epochs': epochs} if epochs else {}))
     first = ['top-1 %', 'macro %', 'HD@1', 'severity', 'hF1 %', 'NLL']
     _print_table(report.table[first + [o for o in report.table if o not in first]], report.info['data set'], f"± half the 95 % interval over seeds; ▲ better, ▼ worse than {report.runs['head'].iloc[0]} under the same rule")
-    Console().print(Text(f'{report.verdict()}\nReport: {where/"report.html"}'), soft_wrap=True)
+    Console().print(_text(f'{report.verdict()}\nReport: {where/"report.html"}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #e3bb594a
 @app.command()
@@ -149,6 +192,7 @@ def features(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
     tree:_Which=None,
+    sep:_Sep=None,
     contract:_Contract=False,
     held_out:_Held=None,
     backbone:_Backbone='efficientnet_lite0',
@@ -162,13 +206,13 @@ def features(
 
     [cyan]hiermetric features --data tiny-imagenet --backbone timm:resnet18.a1_in1k[/]
     """
-    f = _features(data, taxonomy, tree, contract, held_out, backbone, size, skip_bad)
+    f = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad)
     if out is not None: f.save(out)
     counts = ', '.join(f'{n:,} {s}' for s, n in Counter(f.split).items())
-    Console().print(Text(f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}' + (f'\nSaved: {out}' if out else '')), soft_wrap=True)
+    Console().print(_text(f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}' + (f'\nSaved: {out}' if out else '')), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #e38b9b9c
-_KEYS = dict(data='data.name', taxonomy='data.taxonomy', tree='data.tree', contract='data.contract', held_out='data.held_out', head='head', seed='seed', epochs='epochs', lr='lr', backbone='backbone', size='image_size', log='log')   # option → setting
+_KEYS = dict(data='data.name', taxonomy='data.taxonomy', tree='data.tree', sep='data.sep', contract='data.contract', held_out='data.held_out', head='head', seed='seed', epochs='epochs', lr='lr', backbone='backbone', size='image_size', log='log')   # option → setting
 
 def _config(ctx:typer.Context, config:Path|None, settings:list[str])->TrainConfig:
     "File, then options, then KEY=VALUE"
@@ -186,6 +230,7 @@ def train(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
     tree:_Which=None,
+    sep:_Sep=None,
     contract:_Contract=False,
     held_out:_Held=None,
     head:Annotated[str, typer.Option(help="A name of list_heads().")]='arcface',
@@ -224,7 +269,7 @@ def train(
     from hiermetric.predictor import Predictor
     seen = extract(inputs, run.model.backbone, skip_bad=skip_bad, progress=True) if cfg.images else inputs   # a trained backbone has features of its own
     Predictor.from_model(run.model, seen, ranks, detector).save_pretrained(where/'model', model_card_kwargs={'repo_id': str(where)})
-    Console().print(Text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
+    Console().print(_text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #f6daff36
 @app.command()
@@ -233,6 +278,7 @@ def evaluate(
     data:_Data='synthetic-taxa',
     taxonomy:_Tree=None,
     tree:_Which=None,
+    sep:_Sep=None,
     contract:_Contract=False,
     held_out:_Held=None,
     split:Annotated[str, typer.Option(help="train, val, test, or unseen where classes are held out.")]='test',
@@ -249,21 +295,21 @@ def evaluate(
     [cyan]hiermetric evaluate runs/mine --data cifar-100 --rules argmax,crm[/]
     [cyan]hiermetric evaluate runs/mine --data cifar-100 --held-out 10 --split unseen[/]
     """
-    f = _features(data, taxonomy, tree, contract, held_out, backbone, size, skip_bad)
+    f = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad)
     import pandas as pd
     from hiermetric.experiment import judge
     from hiermetric.training import load_run, predict, split_tensors
     model = load_run(run, f.taxonomy).model
     val, judged = ((predict(model, x), t.numpy()) for x, t in (split_tensors(f, s) for s in ('val', split)))
     table = pd.DataFrame({rule: v.metrics for rule, v in judge(val, judged, f.taxonomy, _names(rules)).items()}).T.rename_axis('rule')
-    if out is not None: table.to_csv(out)
+    if out is not None: out.parent.mkdir(parents=True, exist_ok=True); table.to_csv(out)
     _print_table(table.map('{:.4f}'.format), f'{run} on the split {split!r}')
 
 # %% ../nbs/16_cli.ipynb #e3cd98d2
 def _tell(said:Counter, question:Question, novel:int, skipped:int, out:Path|None)->None:
     "How specific the answers were"
     tax, n = question.scope.tax, sum(said.values())
-    full = sum(k for path, k in said.items() if path and not tax.heights[tax.index(f'{tax.names[0]}/{path}')])
+    full = sum(k for path, k in said.items() if path and not tax.heights[question.node(path)])
     text = f"{n:,} images: {full/n:.1%} as specific as asked, {1 - (full + said[''])/n:.1%} above that, {said['']/n:.1%} without an answer; {novel/n:.1%} flagged as novel" if n else 'No new image.'
     _say(text + (f'\n{skipped:,} unreadable images were left out.' if skipped else '') + (f'\nAnswers: {out}' if out else ''), 'bold')
 
@@ -280,7 +326,7 @@ def predict(
     within:Annotated[str | None, typer.Option(help="Only these are possible: taxa with commas between them, or a file with a taxon a line.")]=None,
     candidates:Annotated[int, typer.Option(min=0, help="The next more specific taxa to name.")]=3,
     novel:Annotated[float, typer.Option(help="Share of known images that may be flagged as novel; 0 flags none.")]=.05,
-    format:Annotated[str, typer.Option('--format', '-f', help="csv, json, ecotaxa or dwc (Darwin Core).")]='csv',
+    format:Annotated[str, typer.Option('--format', '-f', help="csv, json, ecotaxa (its import takes files named ecotaxa_….tsv) or dwc (Darwin Core).")]='csv',
     out:Annotated[Path | None, typer.Option('--out', '-o', help="Write to this file; images that have their answer there are passed over.")]=None,
     skip_bad:_Skip=False,
 )->None:
@@ -289,16 +335,23 @@ def predict(
     A run that was stopped continues. Examples:
 
     [cyan]hiermetric predict photos/ --model runs/mine --confidence 0.95 --out answers.csv[/]
-    [cyan]hiermetric predict photos/ --model runs/mine --rank 2 --within Copepoda --format ecotaxa --out answers.tsv[/]
+    [cyan]hiermetric predict photos/ --model runs/mine --rank 2 --within Copepoda --format ecotaxa --out photos/ecotaxa_answers.tsv[/]
     """
+    from hiermetric.predictor import _only_one
+    with _only_one(out) if out is not None else nullcontext(): _write_answers(images, model, confidence, rule, at, rank, ranks, within, candidates, novel, format, out, skip_bad)
+
+def _write_answers(images:list[str], model:str, confidence:float, rule:str, at:str, rank:str|None, ranks:str|None, within:str|None, candidates:int, novel:float, format:str, out:Path|None, skip_bad:bool)->None:
     from hiermetric.predictor import FORMATS, AnswerFile, Predictor, all_images
     from hiermetric import __version__
+    from hiermetric.core import fingerprint
     from hiermetric.features import _bar
     form, found, predictor = FORMATS[format](), all_images(images), Predictor.from_pretrained(model, ranks=ranks)
-    listed = within if within is None or Path(within).is_file() else _names(within)
+    listing = within is not None and os.path.isfile(within)
+    listed = within if within is None or listing else _names(within)
     question = predictor.ask(confidence, rule, rank=rank, within=listed, candidates=candidates, novel=novel, **({} if at == 'all' else {'at': at}))
     name = f"hiermetric {__version__}, model {predictor.fingerprint}"
-    about = dict(model=name, confidence=confidence, rule=rule, at=at, rank=rank, within=within, candidates=candidates, novel=novel)
+    about = dict(model=name, confidence=confidence, rule=rule, at=at, rank=rank, ranks=ranks, within=f'{within} ({fingerprint(Path(within))})' if listing else within, candidates=candidates, novel=novel)
+    if format == 'ecotaxa' and out is not None and not fnmatch(out.name, 'ecotaxa_*.tsv'): _say(f'Note: EcoTaxa imports only tables that are named ecotaxa_….tsv, and this one is {out.name}.', 'yellow')
     file = AnswerFile(out, format, about) if out is not None else None
     said, flags, skipped, first = Counter(), 0, 0, True
     def bad(_:str, why:str)->None:
@@ -313,18 +366,19 @@ def predict(
     _tell(said, question, flags, skipped, out)
 
 # %% ../nbs/16_cli.ipynb #f5836bfd
-def _read_tree(source:str, tree:int|None=None)->Taxonomy:
+def _read_tree(source:str, tree:int|None=None, sep:str|None=None)->Taxonomy:
     "A tree from whatever holds one"
-    from hiermetric.datasets import load_dataset, read_taxonomy
+    from hiermetric.datasets import DATASETS, load_dataset, read_taxonomy
     from hiermetric.taxonomy import Taxonomy
-    if Path(source).suffix: return read_taxonomy(source, tree)
-    return Taxonomy.from_folder(source) if Path(source).is_dir() else load_dataset(source).taxonomy
+    if os.path.isdir(source): return Taxonomy.from_folder(source)
+    return read_taxonomy(source, tree, sep) if Path(source).suffix and source not in DATASETS else load_dataset(source).taxonomy
 
 # %% ../nbs/16_cli.ipynb #a6943861
 @_taxonomy.command()
 def show(
     source:Annotated[str, typer.Argument(help="A data set's name, a CSV (class,lineage or rank columns), a Newick file, a saved tree (.npz), or nested folders.")],
     tree:_Which=None,
+    sep:_Sep=None,
     depth:Annotated[int | None, typer.Option(min=1, help="Levels to show; all by default.")]=None,
 )->None:
     """Draw a tree, with the number of leaves at every branch.
@@ -334,9 +388,10 @@ def show(
     [cyan]hiermetric taxonomy show planktonset --depth 2[/]
     """
     from rich.tree import Tree
-    tax = _read_tree(source, tree)
+    from hiermetric.taxonomy import _escaped
+    tax = _read_tree(source, tree, sep)
     size = tax.leaf_stop - tax.leaf_start
-    name = lambda i: Text.assemble(str(tax.names[i]), (f'  {size[i]:,}', 'dim') if tax.heights[i] else '', (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '')
+    name = lambda i: Text.assemble(_escaped(tax.names[i]), (f'  {size[i]:,}', 'dim') if tax.heights[i] else '', (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '')
     branches = {0: Tree(name(0))}
     for i in range(1, len(tax)):
         if depth is None or tax.depths[i] <= depth: branches[i] = branches[int(tax.parents[i])].add(name(i))

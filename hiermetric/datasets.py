@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from rich.progress import track
 from .core import HiermetricError, Registry, atomic_path, cache_dir, data_dir, did_you_mean, download, fingerprint, in_turn, settle, unpack
-from .taxonomy import Taxonomy
+from .taxonomy import Taxonomy, _clean, _whole
 from .wordnet import wordnet_names, wordnet_taxonomy
 
 # %% auto #0
@@ -174,16 +174,18 @@ def split_folders(
 def read_taxonomy(
     taxonomy:Taxonomy|str|Path, # a tree, or a file with one: .csv or .tsv (class,lineage or rank columns), .nwk or .newick, .npz
     tree:int|None=None, # which one, counted from 1, where a Newick file holds several; None: the first
+    sep:str|None=None, # between the ranks of the lineages in a CSV; None: what the file uses
 )->Taxonomy:
     "A tree from whatever holds one"
     if isinstance(taxonomy, Taxonomy): return taxonomy
     path = Path(taxonomy).expanduser(); kind = path.suffix.lower()
     if not path.is_file(): raise HiermetricError(f"There is no taxonomy file {path}.{_nearby(path)}")
+    if sep is not None and kind not in ('.csv', '.tsv'): raise HiermetricError(f"{path} is no CSV, so it holds no lineages that {sep!r} could part.")
     if kind in ('.nwk', '.newick', '.tre', '.tree'): return Taxonomy.from_newick(path, tree=tree)
     if tree is not None: raise HiermetricError(f"{path} is no Newick file, so it holds one tree and no tree {tree}.")
-    read = {'.csv': Taxonomy.from_csv, '.tsv': Taxonomy.from_csv, '.npz': Taxonomy.load}.get(kind)
-    if read is None: raise HiermetricError(f"{path} is no taxonomy that can be read; give a .csv with the columns class and lineage, a Newick tree (.nwk) or a saved tree (.npz).")
-    return read(path)
+    if kind in ('.csv', '.tsv'): return Taxonomy.from_csv(path, sep=sep)
+    if kind != '.npz': raise HiermetricError(f"{path} is no taxonomy that can be read; give a .csv with the columns class and lineage, a Newick tree (.nwk) or a saved tree (.npz).")
+    return Taxonomy.load(path)
 
 # %% ../nbs/02_datasets.ipynb #fdc05907
 def _class_of(
@@ -194,9 +196,9 @@ def _class_of(
     names = Counter(tax.names)
     found, place = {}, {}
     for folder in folders.unique():
-        whole = unicodedata.normalize('NFC', folder); name = whole.rpartition('/')[2]
+        whole = unicodedata.normalize('NFC', _whole(folder)); name = whole.rpartition('/')[2]
         if len(tax.labels.get(name, ())) != 1 and (names[name] > 1 or name in tax.labels): name = whole
-        if name in place: raise HiermetricError(f"Class {name!r} is in two places, {place[name]} and {folder}; put its images together or rename one.")
+        if name in place: raise HiermetricError(f"Class {name!r} is in two places, {place[name]} and {folder}; if that is one class, put its images together, and if these are two, rename one or give the taxonomy both.")
         found[folder], place[name] = name, folder
     return folders.map(found)
 
@@ -282,7 +284,8 @@ def _held_out(table:ImageTable, held_out:int|Iterable[str])->ImageTable:
             if len(chosen) < held_out and left[p := fork[c]] > 1: chosen.append(c); left[p] -= 1
         if len(chosen) < held_out: raise HiermetricError(f"{held_out} classes cannot be held out of {len(classes)}: {len(chosen)} have a sibling that stays. Ask for fewer, or name them.")
     else:
-        chosen = [held_out] if isinstance(held_out, str) else list(held_out)
+        known = {_clean(c): c for c in classes}
+        chosen = [known.get(_clean(c), c) for c in ([held_out] if isinstance(held_out, str) else held_out)]
         if bad := [c for c in chosen if c not in set(classes)]: raise HiermetricError(f"Class {bad[0]!r} cannot be held out: {table.name} has no images of it.{did_you_mean(bad[0], classes)}")
     if not chosen: return table
     split = d['split'].mask(d['class'].isin(chosen), 'unseen')
@@ -981,13 +984,15 @@ def load_dataset(
     keep_empty:bool=False, # keep classes without images in the tree
     contract:bool=False, # take inner nodes with a single child out of the tree, which else stays as it is given
     tree:int|None=None, # which tree, counted from 1, of a Newick file with several
+    sep:str|None=None, # between the ranks of the lineages in a CSV; None: what the file uses
     **kw, # for the loader: `fill` and `name` of a folder; `seed`, `size` … of synthetic-taxa
 )->ImageTable: # images, their tree, and who trains and tests
     "A table of images by name or from a folder"
     known = str(name_or_folder) in DATASETS
     if not known and not Path(name_or_folder).expanduser().is_dir():
         raise HiermetricError(f"{str(name_or_folder)!r} is neither a data set ({', '.join(DATASETS)}) nor a folder.{did_you_mean(name_or_folder, DATASETS) or _nearby(Path(name_or_folder).expanduser().resolve())}")
-    if taxonomy is not None: taxonomy = read_taxonomy(taxonomy, tree)
+    if taxonomy is not None: taxonomy = read_taxonomy(taxonomy, tree, sep)
     elif tree is not None: raise HiermetricError(f"tree={tree} chooses among the trees of a Newick file, and no taxonomy is given; give one with taxonomy=… (--taxonomy).")
+    elif sep is not None: raise HiermetricError(f"sep={sep!r} parts the lineages of a CSV, and no taxonomy is given; give one with taxonomy=… (--taxonomy).")
     table = DATASETS[str(name_or_folder)](root=root, taxonomy=taxonomy, **kw) if known else folder_dataset(name_or_folder, taxonomy, **kw)
     return _complete(table, held_out, val, test, keep_empty, contract)

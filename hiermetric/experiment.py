@@ -16,7 +16,7 @@ import hiermetric
 from fastcore.basics import patch
 from torch import Tensor
 from .core import HiermetricError, atomic_path, claim_folder, did_you_mean, fingerprint, workplace
-from .taxonomy import Taxonomy
+from .taxonomy import Taxonomy, _whole
 from .features import Features
 from .heads import HEADS, Model, create_head, head_trait, power_normalise
 from .metrics import mistake_height, per_sample, summarise
@@ -570,7 +570,7 @@ def to_html(self:Report, path:str|Path)->Path: # `path`
              section('Provenance', '', '<dl>' + ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>' for k,v in f.items()) + '</dl>')]
     title = f"Heads compared on {html.escape(str(f.get('data set', 'features')))}"
     page = f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>{title}</title><style>{_CSS}</style><main><header><h1>{title}</h1><p>{html.escape(self.verdict())}</p><div class=facts>{facts}</div></header>{"".join(parts)}</main></html>'
-    with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
+    with atomic_path(path) as tmp: tmp.write_bytes(_whole(page).encode('utf-8', 'backslashreplace'))   # it may quote names of files that are no text
     return Path(path)
 
 # %% ../nbs/15_experiment.ipynb #8c865afd

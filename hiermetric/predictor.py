@@ -4,10 +4,11 @@
 
 # %% ../nbs/15_predictor.ipynb #ac2a22bc
 from __future__ import annotations
-import csv, hashlib, inspect, json, math, os, re, warnings
+import csv, functools, hashlib, inspect, json, math, os, re, warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 from . import core
 from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean, settle
-from .taxonomy import Taxonomy, TaxonomyError, TaxonomyWarning
+from .taxonomy import Taxonomy, TaxonomyError, TaxonomyWarning, _clean, _escaped, _restored, _whole
 from .datasets import IMAGE_TYPES, _nearby
 from .backbones import Backbone, create_backbone
 from .features import Features, _batches, _engines, _threads, choose_engine
@@ -46,7 +47,7 @@ class Ranks:
     )->Ranks:
         "From a list of names, or from a table of taxa, in which a node is found by its path"
         if isinstance(ranks, (str, Path)) and Path(ranks).suffix.lower() in ('.csv', '.tsv', '.txt'): return cls._table(Path(ranks), tax)
-        names = [o.strip() for o in ranks.split(',')] if isinstance(ranks, str) else list(ranks)
+        names = [_clean(o) for o in (ranks.split(',') if isinstance(ranks, str) else ranks)]
         if len(ends := np.unique(tax.depths[tax.leaves])) > 1: raise HiermetricError(f"The leaves of this tree lie at the depths {ends[0]} to {ends[-1]}, so that its levels are no ranks; give a CSV with one column a rank.")
         if len(names) != tax.height: raise HiermetricError(f"There are {len(names)} ranks for the {tax.height} levels below the root; name every level, from the top down.")
         return cls(names, tax.depths.astype(int) - 1)
@@ -96,7 +97,7 @@ def down_to(
         return tax.depths <= int(rank)
     ranks = ranks or Ranks.of_tree(tax)
     if ranks is None: raise HiermetricError(f"This model does not know which taxa are of the rank {rank!r}. Give a level from 1 to {tax.height}, or tell it the ranks with ranks=… (--ranks): a CSV with one column a rank.")
-    most = ranks.names.index(choice('rank', rank, ranks.names))
+    most = ranks.names.index(choice('rank', _clean(rank), ranks.names))
     named = ranks.of >= 0; at, ranked, keep = named & (ranks.of <= most), named.copy(), np.ones(len(tax), bool)
     count = np.append(0, at.cumsum()); holds = count[tax.last + 1] > count[:-1]   # a rank that is wanted, here or below
     for depth in range(1, tax.height + 1):
@@ -112,7 +113,7 @@ def listed_leaves(
 )->np.ndarray: # (L,) bool
     "The leaves that are on a list, or under something that is"
     if within is None: return np.ones(tax.n_leaves, bool)
-    if isinstance(within, (str, Path)) and Path(within).is_file(): nodes = _checklist(Path(within), tax)
+    if isinstance(within, (str, Path)) and os.path.isfile(within): nodes = _checklist(Path(within), tax)
     elif isinstance(within, Path): raise HiermetricError(f"There is no list of taxa {within}.{_nearby(within)}")
     else: nodes = tax.index([within] if isinstance(within, str) else list(within))
     if not len(nodes): raise HiermetricError("The list of taxa is empty; name at least one.")
@@ -127,7 +128,9 @@ def _checklist(path:Path, tax:Taxonomy)->list[int]: # node ids
     found, unknown = [], []
     for o in names:
         try: found.append(tax.index(o))
-        except TaxonomyError: unknown.append(o)
+        except TaxonomyError as e:
+            if len(tax._named(_clean(o))) > 1: raise HiermetricError(f"{path}: {e}") from e   # known, but not which
+            unknown.append(o)
     if names and not found: raise HiermetricError(f"None of the {len(names)} names in {path} is in the tree of this model (the first is {names[0]!r}).{did_you_mean(names[0], tax.names)}")
     if unknown: warnings.warn(f"{len(unknown)} of the {len(names)} names in {path} are unknown to this model ({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}); the others count.", stacklevel=4)
     return found
@@ -234,8 +237,17 @@ class Question:
         return {r: [names[a].get(r, '') for a in answers.tolist()] for r in self.ranks.names}
 
     def path(self, node:int)->str:
-        "Names below the root, with / between them; '' for the root"
-        return '/'.join(self.scope.tax.names[self.scope.tax.ancestors(node)[1:]])
+        "Names below the root, with / between them (a / inside a name is \\x2f); '' for the root"
+        return _joined(self.scope.tax.names[self.scope.tax.ancestors(node)[1:]])
+
+    def node(self, path:str)->int:
+        "The node of the small tree that has this path"
+        tax, at = self.scope.tax, 0
+        for name in _parts(path): at = next(i for i in tax.children(at).tolist() if tax.names[i] == name)
+        return at
+
+def _joined(names:Iterable[str], sep:str='/')->str: return sep.join(_escaped(o, sep) for o in names)
+def _parts(path:str, sep:str='/')->list[str]: return list(map(_restored, path.split(sep))) if path else []
 
 def _round(x:np.ndarray)->np.ndarray: return x.astype(float).clip(0, 1).round(6)
 
@@ -370,10 +382,10 @@ def _hash(self:Predictor, version:int)->str: # of those before 2, settings, rank
 
 @patch
 def look(self:Predictor,
-    x:Tensor, # (B, F) features; with two more columns where the model looks at sizes, see `Encoder.append_size`
+    x:Tensor|np.ndarray, # (B, F) features, of any precision; with two more columns where the model looks at sizes, see `Encoder.append_size`
 )->tuple[Tensor, np.ndarray]: # (B, N) calibrated node probabilities; (B,) how strange they look
     "All that a `Question` wants to know"
-    seen = model_outputs(self.model.top, x)
+    seen = model_outputs(self.model.top, torch.as_tensor(x, dtype=next((o.dtype for o in self.model.parameters()), torch.float32)))
     return self.calibration.scale(seen.node_probs), self.detector.score(seen).numpy()
 
 @patch(as_prop=True)
@@ -543,7 +555,16 @@ def push_to_hub(self:Predictor,
     **kwargs, # `private`, `commit_message`, `token` … of `ModelHubMixin.push_to_hub`
 )->str: # address of the commit
     "Share on the Hugging Face hub, as whoever is logged in"
-    return super(Predictor, self).push_to_hub(repo_id, **{'model_card_kwargs': {'repo_id': repo_id}} | kwargs)
+    try: return super(Predictor, self).push_to_hub(repo_id, **{'model_card_kwargs': {'repo_id': repo_id}} | kwargs)
+    except Exception as e:
+        if not _of_network(e): raise
+        raise HiermetricError(f"{repo_id!r} was not pushed to the Hugging Face hub ({_first_line(e)}); check the connection and who is logged in (`hf auth whoami`), and push again.") from e
+
+def _of_network(e:BaseException)->bool:
+    "Whether it comes from a library that talks to others"
+    return any(o.__module__.split('.')[0] in ('http', 'httpx', 'httpx2', 'huggingface_hub', 'requests', 'urllib', 'urllib3', 'ssl', 'socket') for o in type(e).__mro__)
+
+def _first_line(e:BaseException)->str: return (str(e) or type(e).__name__).strip().splitlines()[0].rstrip('.')
 
 @patch
 def generate_model_card(self:Predictor, **kwargs)->ModelCard:
@@ -552,7 +573,8 @@ def generate_model_card(self:Predictor, **kwargs)->ModelCard:
     number = lambda k, how: format(a[k], how) if k in a else 'unknown'
     facts = dict(title=f"{a.get('head', 'model')} on {a.get('data', 'images')}", leaves=tax.n_leaves, nodes=len(tax), height=tax.height, head=a.get('head', 'unknown'), backbone=spec.get('backbone', 'unknown'), size=spec.get('size', 'unknown'),
                  val_images=f'{len(self.val_targets):,}', top1=number('top1', '.1%'), nll_before=number('nll_before', '.3f'), nll=number('nll', '.3f'), temperature=f'{self.temperature:.3f}', taxonomy=tax.fingerprint, fingerprint=self.fingerprint)
-    return super(Predictor, self).generate_model_card(**{'repo_id': 'FOLDER'} | facts | kwargs)
+    said = {'repo_id': 'FOLDER'} | facts | kwargs
+    return super(Predictor, self).generate_model_card(**{k: _whole(v).encode('utf-8', 'backslashreplace').decode() if isinstance(v, str) else v for k, v in said.items()})
 
 # %% ../nbs/15_predictor.ipynb #3a1cb1f4
 def model_folder(
@@ -580,7 +602,9 @@ def from_pretrained(cls:Predictor,
     if (here := model_folder(folder)) is not None: return cls._read(here, taxonomy, ranks, backbone)
     try: return super(Predictor, cls).from_pretrained(str(folder), **kwargs, taxonomy=taxonomy, ranks=ranks, backbone=backbone)
     except HiermetricError: raise
-    except (OSError, ValueError) as e: raise HiermetricError(f"There is no folder {folder}, and the Hugging Face hub does not give a model of that name either ({(str(e) or type(e).__name__).strip().splitlines()[0]}).") from e
+    except Exception as e:
+        if not (isinstance(e, (OSError, ValueError)) or _of_network(e)): raise
+        raise HiermetricError(f"There is no folder {folder}, and the Hugging Face hub does not give a model of that name either ({_first_line(e)}).") from e
 
 @patch(cls_method=True)
 def _from_pretrained(cls:Predictor, *, model_id:str, revision:str|None, cache_dir:str|Path|None, force_download:bool, local_files_only:bool, token:str|bool|None, taxonomy:Taxonomy|None=None, ranks:Any=None, backbone:Backbone|None=None, **_)->Predictor:
@@ -629,6 +653,12 @@ def expand(self:Predictor)->Predictor:
 
 # %% ../nbs/15_predictor.ipynb #b8af5f10
 _TEXT = ('image', 'answer', 'rank', 'path')   # without these it is no table of answers
+_NO_ROW = (ValueError, KeyError, TypeError, AttributeError, csv.Error)   # what a line that is no row of a table may raise
+_RUNS = re.compile(r"'*[=+\-@\uff0b\uff0d\uff1d\uff20\t\r\n]")   # how a cell begins that a spreadsheet would run (the last four letters are full-width)
+
+def _harmless(cell:str)->str: return "'" + cell if _RUNS.match(cell) else cell
+def _plain(cell:str)->str: return cell[1:] if cell[:1] == "'" and _RUNS.match(cell) else cell
+def _told(row:dict)->dict: return {_restored(k): _restored(v) if isinstance(v, str) and k != 'path' else v for k, v in row.items()}
 
 def _typed(rows:list[dict])->pd.DataFrame:
     "Text to the types of a table of answers"
@@ -650,27 +680,57 @@ def _unpaired(pairs:Iterable[tuple[str, float]], most:int)->dict:
 # %% ../nbs/15_predictor.ipynb #b13fd03f
 class Format:
     "A table with a line an image, comma-separated: the default format, and what the others differ from"
-    sep, suffix = ',', '.csv'
+    sep, suffix, heads = ',', '.csv', 1
+    folder:Path|None = None   # where the table lies, for formats that find images from there
+    base:str|None = None      # where relative names of images start from; None: where the program runs
     def pack(self, table:pd.DataFrame, model:str)->pd.DataFrame: return table
     def unpack(self, row:dict[str, str])->dict: return row
-    def unpacked(self, rows:Iterator[dict])->Iterator[dict]: return map(self.unpack, rows)
     def head(self, packed:pd.DataFrame)->str: return self.text(packed[:0], True)
-    def text(self, packed:pd.DataFrame, header:bool=False)->str: return packed.to_csv(index=False, header=header, sep=self.sep, lineterminator='\n')
+    def cells(self, line:str)->list[str]: return list(map(_plain, next(csv.reader([line], delimiter=self.sep, strict=True))))
+
+    def text(self, packed:pd.DataFrame, header:bool=False)->str:
+        safe = packed.rename(columns=lambda o: _harmless(_escaped(o))).map(lambda o: _harmless(o) if isinstance(o, str) else o)
+        return safe.to_csv(index=False, header=header, sep=self.sep, lineterminator='\n')
 
     def write(self,
         table:pd.DataFrame, # of a `Question`, with the column `image`
         model:str='hiermetric', # what answered, for formats that say so
         first:bool=True, # with the header
     )->str:
-        "Lines of text"
-        packed = self.pack(table, model)
+        "Lines of text, in valid UTF-8"
+        said = {c: table[c].map(lambda o: _escaped(o) if isinstance(o, str) else o) for c in table if c != 'path' and table[c].dtype.kind not in 'bif'}
+        packed = self.pack(table.assign(**said), model)
         return (self.head(packed) if first else '') + self.text(packed)
+
+    def lines(self,
+        path:str|Path, # what `write` wrote
+    )->Iterator[tuple[int, str, bool]]: # the byte where it ends, its text, and whether it has an end
+        "Lines one after the other; one that breaks inside quotes goes on"
+        with Path(path).open('rb') as f:
+            part, at, inside = [], 0, 0
+            for line in f:
+                part.append(line); at += len(line); inside ^= line.count(b'"') & (self.heads > 0)   # JSON breaks no line
+                if line.endswith(b'\n') and not inside: yield at, b''.join(part).decode('utf-8', 'surrogateescape').removeprefix('\ufeff'), True; part = []
+            if part: yield at, b''.join(part).decode('utf-8', 'surrogateescape').removeprefix('\ufeff'), False
+
+    def row(self,
+        line:str, # of the table
+        head:list[str], # names of its columns
+    )->dict|None: # None for a blank line
+        "One line, understood; `ValueError` where it is none of this table"
+        if not line.strip(): return None
+        cells = self.cells(line)
+        if len(cells) != len(head): raise ValueError(f'{len(cells)} cells under a header of {len(head)}')
+        return _told(self.unpack(dict(zip(head, cells))))
 
     def rows(self,
         path:str|Path, # what `write` wrote
     )->Iterator[dict]: # a row at a time
         "Read in constant memory"
-        with Path(path).open(encoding='utf-8', newline='') as f: yield from self.unpacked(csv.DictReader(f, delimiter=self.sep))
+        head = []
+        for n, (_, line, _) in enumerate(self.lines(path)):
+            if n == 0 and self.heads: head = self.cells(line)
+            elif n >= self.heads and (row := self.row(line, head)) is not None: yield row
 
     def read(self,
         path:str|Path, # what `write` wrote
@@ -681,14 +741,13 @@ class Format:
             if rows and (gone := [o for o in _TEXT if o not in rows[0]]): raise KeyError(gone[0])
             return _typed(rows)
         except FileNotFoundError as e: raise HiermetricError(f"There is no file {path}.") from e
-        except (KeyError, ValueError, TypeError) as e: raise HiermetricError(f"{path} is no table of answers in the format of {type(self).__name__} ({type(e).__name__}: {e}).") from e
+        except _NO_ROW as e: raise HiermetricError(f"{path} is no table of answers in the format of {type(self).__name__} ({type(e).__name__}: {e}).") from e
 
 # %% ../nbs/15_predictor.ipynb #573b8d2d
 class JsonLines(Format):
     "One JSON object a line, candidates as a list"
-    suffix = '.jsonl'
+    suffix, heads = '.jsonl', 0
     def head(self, packed:pd.DataFrame)->str: return ''
-    def pack(self, table:pd.DataFrame, model:str)->pd.DataFrame: return table
 
     def text(self, packed:pd.DataFrame, header:bool=False)->str:
         def line(row:dict)->str:
@@ -696,30 +755,48 @@ class JsonLines(Format):
             return json.dumps(plain | {'candidates': [{'name': n, 'probability': p} for n, p in _pairs(row)]}, ensure_ascii=False)
         return ''.join(line(o) + '\n' for o in packed.to_dict('records'))
 
-    def rows(self, path:str|Path)->Iterator[dict]:
-        with Path(path).open(encoding='utf-8') as f:
-            for o in map(json.loads, f): yield {k: v for k, v in o.items() if k != 'candidates'} | _unpaired(((c['name'], c['probability']) for c in o['candidates']), len(o['candidates']))
+    def row(self, line:str, head:list[str])->dict|None:
+        if not line.strip(): return None
+        o = json.loads(line)
+        return _told({k: v for k, v in o.items() if k != 'candidates'} | _unpaired(((c['name'], c['probability']) for c in o['candidates']), len(o['candidates'])))
 
 # %% ../nbs/15_predictor.ipynb #6825a4c6
 class EcoTaxa(Format):
-    "A table for EcoTaxa's import: tab-separated, with a line of types"
-    sep, suffix = '\t', '.tsv'
+    "A table for EcoTaxa's import: tab-separated, with a line of types; EcoTaxa reads files that are named ecotaxa_….tsv"
+    sep, suffix, heads = '\t', '.tsv', 2
     def pack(self, table:pd.DataFrame, model:str)->pd.DataFrame:
         said = table['path'] != ''
-        own = {'object_id': table['image'], 'img_file_name': table['image'], 'object_annotation_category': table['answer'].where(said, ''), 'object_annotation_status': np.where(said, 'predicted', ''),
-               'object_annotation_hierarchy': table['path'].str.replace('/', '>'), 'object_model': model}
+        own = {'object_id': table['image'], 'img_file_name': self.files(table['image']), 'object_annotation_category': table['answer'].where(said, ''), 'object_annotation_status': np.where(said, 'predicted', ''),
+               'object_annotation_hierarchy': [_joined(_parts(o), '>') for o in table['path']], 'object_model': model}
         free = {f'object_{c}': table[c].astype(int) if c == 'novel' else table[c] for c in table if c not in ('image', 'path')}
         return pd.DataFrame(own | free)
 
-    def head(self, packed:pd.DataFrame)->str:
-        return super().head(packed) + self.sep.join('[f]' if o.kind in 'fi' else '[t]' for o in packed.dtypes) + '\n'
+    def files(self,
+        images:Iterable[str], # names of images, escaped
+    )->list[str]: # where they are, seen from the table
+        "Names of files that EcoTaxa finds: relative to the table, and such that no spreadsheet runs them"
+        lost, out = [], []
+        for name in images:
+            file = _restored(name)
+            if self.folder is not None:
+                with suppress(ValueError): file = _shared(os.path.relpath(_place(file, self.base), os.path.realpath(self.folder)))   # on Windows there may be no way from drive to drive
+            if _RUNS.match(file): file = os.path.join('.', file)
+            if '\r' in file or not _is_text(file): lost.append(name); file = _escaped(file)
+            out.append(file)
+        if lost: warnings.warn(f"EcoTaxa will not find {len(lost)} images whose names hold a carriage return or bytes that are no UTF-8 ({lost[0]}{', …' if len(lost) > 1 else ''}); rename them.", stacklevel=4)
+        return out
 
-    def unpacked(self, rows:Iterator[dict])->Iterator[dict]: return super().unpacked(islice(rows, 1, None))
+    def head(self, packed:pd.DataFrame)->str:
+        return '\ufeff' + super().head(packed) + self.sep.join('[f]' if o.kind in 'fi' else '[t]' for o in packed.dtypes) + '\n'   # without the mark EcoTaxa reads Latin-1
 
     def unpack(self, row:dict[str, str])->dict:
         own = ('object_id', 'object_annotation_category', 'object_annotation_status', 'object_annotation_hierarchy', 'object_model', 'img_file_name')
         free = {k.removeprefix('object_'): v for k, v in row.items() if k not in own}
-        return {'image': row['img_file_name'], 'answer': free.pop('answer'), 'rank': free.pop('rank'), 'path': row['object_annotation_hierarchy'].replace('>', '/')} | free
+        return {'image': row['object_id'], 'answer': free.pop('answer'), 'rank': free.pop('rank'), 'path': _joined(_parts(row['object_annotation_hierarchy'], '>'))} | free
+
+def _is_text(name:str)->bool:
+    try: name.encode('utf-8'); return True
+    except UnicodeEncodeError: return False
 
 # %% ../nbs/15_predictor.ipynb #838829ce
 class DarwinCore(Format):
@@ -728,17 +805,18 @@ class DarwinCore(Format):
 
     def pack(self, table:pd.DataFrame, model:str)->pd.DataFrame:
         def one(row:dict)->dict:
-            above, then = row['path'].split('/')[:-1], _pairs(row)
+            above, then = _parts(row['path'])[:-1], _pairs(row)
             words = f"probability {row['probability']:g}" + (f"; then {', '.join(f'{n} {p:g}' for n, p in then)}" if then else '') + ('; unlike all that the model knows' if row['novel'] else '')
-            facts = {k: v for k, v in row.items() if k not in (*_TEXT, *self.terms) and not k.startswith('candidate_')} | {'candidates': dict(then)}
-            return dict(occurrenceID=row['image'], basisOfRecord='MachineObservation', scientificName=row['answer'] if row['path'] else 'incertae sedis', taxonRank=row['rank'], higherClassification=' | '.join(above), **{k: row[k] for k in self.terms if k in row},
+            facts = {k: v for k, v in row.items() if k not in ('image', 'answer', 'rank', *self.terms) and not k.startswith('candidate_')} | {'candidates': dict(then)}
+            return dict(occurrenceID=row['image'], basisOfRecord='MachineObservation', scientificName=row['answer'] if row['path'] else 'incertae sedis', taxonRank=row['rank'], higherClassification=_joined(above, ' | '), **{k: row[k] for k in self.terms if k in row},
                         verbatimIdentification=row['answer'], identifiedBy='', identificationVerificationStatus='PredictedByMachine', identificationReferences=model, identificationRemarks=words,
                         associatedMedia=row['image'], dynamicProperties=json.dumps(facts, ensure_ascii=False))
         return pd.DataFrame([one(o) for o in table.to_dict('records')])
 
     def unpack(self, row:dict[str, str])->dict:
         facts = json.loads(row['dynamicProperties']); c = facts.pop('candidates')
-        path = '' if row['scientificName'] == 'incertae sedis' else '/'.join([*filter(None, row['higherClassification'].split(' | ')), row['verbatimIdentification']])
+        path = facts.pop('path', None)
+        if path is None: path = '' if row['scientificName'] == 'incertae sedis' else _joined([*_parts(row['higherClassification'], ' | '), row['verbatimIdentification']])   # before the path was kept among the properties
         return {'image': row['associatedMedia'], 'answer': row['verbatimIdentification'], 'rank': row['taxonRank'], 'path': path} | {k: row[k] for k in self.terms if k in row} | facts | _unpaired(c.items(), len(c))
 
 FORMATS = Registry('format',
@@ -755,36 +833,112 @@ class AnswerFile:
         format:str='csv', # one of `FORMATS`
         about:dict|None=None, # what makes the answers: continued only with the same
     ):
-        self.path, self.format, self.about = Path(path), FORMATS[format](), json.loads(json.dumps({'format': format} | (about or {}), default=str))
+        self.path, self.format, self.about = Path(path), FORMATS[format](), json.loads(_whole(json.dumps({'format': format} | (about or {}), default=str, ensure_ascii=False)))
         self.note = self.path.with_name(f'{self.path.name}.json')
-        self.bytes = self.images = 0
+        self.bytes, self.images, self._head, self._seen, self.base = 0, 0, None, _Seen(), os.getcwd()
         if self.path.exists(): self._resume()
         else: self.path.parent.mkdir(parents=True, exist_ok=True); self._write_note()   # before the first answer, so that what a crash leaves is known for ours
+        self.format.folder, self.format.base = self.path.parent, self.base
 
     def _resume(self)->None:
         if not self.note.exists(): raise HiermetricError(f"{self.path} exists and is no table of answers that could be continued (there is no {self.note.name} beside it); choose another file, or remove it.")
-        try: found = json.loads(self.note.read_text(encoding='utf-8')); self.bytes, self.images, theirs = found['bytes'], found['images'], found['about']
-        except (ValueError, KeyError, TypeError) as e: raise HiermetricError(f"{self.note} is damaged ({e}); remove it and {self.path} to start over.") from e
+        try: found = json.loads(self.note.read_text(encoding='utf-8')); noted, theirs = found['bytes'], found['about']; end, folder = found.get('end', noted), found.get('folder')
+        except (ValueError, KeyError, TypeError, AttributeError) as e: raise HiermetricError(f"{self.note} is damaged ({e}); remove it and {self.path} to start over.") from e
         if other := [f'{k} {theirs.get(k)!r}, now {self.about.get(k)!r}' for k in {**theirs, **self.about} if theirs.get(k) != self.about.get(k)]: raise HiermetricError(f"{self.path} holds answers to another question: {'; '.join(other)}. Choose another file, or remove it to start over.")
-        if self.path.stat().st_size < self.bytes: raise HiermetricError(f"{self.path} is shorter than {self.note.name} says; remove both to start over.")
-        os.truncate(self.path, self.bytes)
+        if self.path.stat().st_size < noted: raise HiermetricError(f"{self.path} is shorter than {self.note.name} says; remove both to start over.")
+        if folder is not None: self.base = os.path.normpath(os.path.join(os.path.realpath(self.path.parent), folder))
+        self._read_back(noted, end, found.get('images', 0))
+
+    def _read_back(self, noted:int, end:int, counted:int)->None:
+        "Take every whole row for an answer, whoever wrote it; cut off what a crash left of ours"
+        size, good, half, more, form = self.path.stat().st_size, 0, '', [], self.format
+        for n, (at, line, whole) in enumerate(form.lines(self.path)):
+            try:
+                if not whole and (size < end or n < form.heads): raise ValueError('it has no end')
+                row = form.row(line, self._head or []) if n >= form.heads else None
+                if n == 0 and form.heads: self._head = form.cells(line)
+                if row is not None: self._seen.add(_key(row['image'], self.base)); self.images += 1
+                if row is not None and at > end: more.append(row); _typed([row])
+            except _NO_ROW as e:
+                if whole or good < noted or '\n' in line and size >= end: raise HiermetricError(f"{self.path}, line {n+1}, is no row of its table ({e}); mend it or take it out, or choose another file.") from e
+                half = line; break
+            if n >= form.heads - 1: good = at
+        if half:
+            os.truncate(self.path, good)
+            if size >= end: warnings.warn(f"{self.path} ended in half a line, which was cut off: {half}", stacklevel=4)
+        elif size and not whole:
+            with self.path.open('ab') as f: good += f.write(b'\n')
+        if more and (n := self.images - counted) > 0: warnings.warn(f"{self.path} holds {n} rows that were added since the last answer (the last for {more[-1]['image']}); they stay, and their images count as answered.", stacklevel=4)
+        elif more: warnings.warn(f"{self.path} was changed since the last answer; its {self.images} rows stay as they are.", stacklevel=4)
+        self.bytes = good; self._write_note()
 
     def append(self, table:pd.DataFrame)->None:
         "Add a block of answers, as a whole"
-        text = self.format.write(table, self.about.get('model', 'hiermetric'), self.bytes == 0).encode('utf-8', 'surrogateescape')
+        if (self.path.stat().st_size if self.path.exists() else 0) != self.bytes: raise HiermetricError(f"{self.path} was changed by somebody else while answers were added; start again, which continues it.")
+        if not os.path.samefile(self.base, '.'): table = table.assign(image=[o if os.path.isabs(o) else _shared(os.path.relpath(_place(o), self.base)) for o in table['image']])
+        text, model = self.format.write(table, self.about.get('model', 'hiermetric'), self.bytes == 0), self.about.get('model', 'hiermetric')
+        if self._head is not None and self._head != (own := self._columns(table, model)): raise HiermetricError(f"{self.path} has the columns {', '.join(self._head)}, and these answers have {', '.join(own)}; choose another file.")
+        text = text.encode('utf-8')
+        self._write_note(self.bytes + len(text))
         with self.path.open('ab') as f: f.write(text); f.flush(); os.fsync(f.fileno())
+        for o in table['image']: self._seen.add(_key(o, self.base))
         self.bytes += len(text); self.images += len(table); self._write_note()
 
-    def _write_note(self)->None:
-        with atomic_path(self.note) as tmp: tmp.write_text(json.dumps(dict(bytes=self.bytes, images=self.images, about=self.about), indent=1, ensure_ascii=False), encoding='utf-8')
+    def _columns(self, table:pd.DataFrame, model:str)->list[str]: return self.format.cells(self.format.head(self.format.pack(table[:1], model)).removeprefix('\ufeff').partition('\n')[0])
+
+    def _write_note(self, end:int|None=None)->None:   # `end`: of the block that is about to be written
+        here = os.path.realpath(self.path.parent)
+        try: folder = os.path.relpath(self.base, here)
+        except ValueError: folder = self.base
+        with atomic_path(self.note) as tmp: tmp.write_text(json.dumps(dict(bytes=self.bytes, end=end or self.bytes, images=self.images, folder=folder, about=self.about), indent=1), encoding='utf-8')
 
     def missing(self,
         images:Iterable[Any], # paths
     )->Iterator[Any]:
-        "Those of `images` that have no answer yet"
-        if not self.bytes: return iter(images)
-        done = np.sort(np.array(array('Q', (_key(o['image']) for o in self.format.rows(self.path)))))
-        def there(key:int)->bool: return (i := int(np.searchsorted(done, np.uint64(key)))) < len(done) and int(done[i]) == key
-        return (o for o in images if not there(_key(str(o))))
+        "Those of `images` that have no answer yet, each once, however it is spelled"
+        seen = self._seen.copy()
+        return (o for o in images if seen.add(_key(str(o))))
 
-def _key(name:str)->int: return int.from_bytes(hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=8).digest(), 'little')
+class _Seen:
+    "A set of 64-bit numbers that takes eight bytes for each"
+    def __init__(self): self.old, self.new = np.array([], np.uint64), set()
+
+    def copy(self)->_Seen: out = _Seen(); out.old, out.new = self.old, set(self.new); return out
+
+    def add(self, key:int)->bool: # whether it was not there
+        i = int(np.searchsorted(self.old, np.uint64(key)))
+        if key in self.new or i < len(self.old) and int(self.old[i]) == key: return False
+        self.new.add(key)
+        if len(self.new) >= 1<<16: self.old, self.new = np.union1d(self.old, np.fromiter(self.new, np.uint64)), set()
+        return True
+
+_real = functools.lru_cache(4096)(os.path.realpath)
+
+def _place(name:str, base:str|None=None)->str:
+    "The one spelling of a file's name: absolute, through no link but the file itself"
+    folder, file = os.path.split(os.path.join(base or os.getcwd(), os.fsdecode(name.encode('utf-8', 'surrogateescape'))))
+    return os.path.join(_real(folder), file)
+
+def _shared(name:str)->str: return os.fsencode(name).decode('utf-8', 'surrogateescape')   # as the file system has it, whatever the locale
+
+def _key(name:str, base:str|None=None)->int: return int.from_bytes(hashlib.blake2b(os.fsencode(_place(name, base)), digest_size=8).digest(), 'little')
+
+# %% ../nbs/15_predictor.ipynb #c4a17062
+@contextmanager
+def _only_one(
+    path:str|Path, # file or folder that is going to be written
+)->Iterator[None]:
+    "A place that one process at a time writes to"
+    from filelock import FileLock, Timeout
+    path = Path(path); file = path.with_name(f'.{path.name}.lock')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try: lock.acquire(blocking=False)
+    except Timeout:
+        try: who = f' (process {int(file.read_text())})'
+        except (OSError, ValueError): who = ''
+        raise HiermetricError(f"{path} is being written by another run{who}; wait until that has ended, or choose another place.") from None
+    try: file.write_text(str(os.getpid())); yield
+    finally:
+        with suppress(OSError): file.unlink()
+        lock.release()

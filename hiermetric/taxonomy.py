@@ -8,7 +8,7 @@ import csv, functools, operator, os, re, sys, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -114,10 +114,20 @@ def _frozen(a:np.ndarray)->np.ndarray:
     a.flags.writeable = False
     return a
 
+def _clean(name:Any)->str: # '' for a null
+    "No blanks around it, no byte-order mark, composed Unicode"
+    if not isinstance(name, str): return '' if name is None or name!=name else str(name)
+    return unicodedata.normalize('NFC', _whole(name).replace('\ufeff', '')).strip()
+
+def _whole(name:str)->str:
+    "A name of the file system, whose UTF-8 a locale such as C takes for single bytes"
+    return name if name.isascii() else name.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
+
 def _pack(names:Iterable[str])->Names:
-    "`Names` of any strings"
+    "`Names` of any strings, with their accents composed"
     if isinstance(names, Names): return names
     names = list(names); text = ''.join(names)
+    if not text.isascii() and not unicodedata.is_normalized('NFC', text): names = [unicodedata.normalize('NFC', o) for o in names]; text = ''.join(names)
     parts = names if text.isascii() else [o.encode('utf-8', 'surrogateescape') for o in names]
     ends = np.zeros(len(names)+1, np.int64)
     np.cumsum(np.fromiter(map(len, parts), np.int64, len(names)), out=ends[1:])
@@ -258,7 +268,7 @@ class Taxonomy(_Derived):
             names=names, parents=_frozen(parents), depths=_frozen(depths),
             heights=_frozen(_over_subtree(np.maximum, depths, parents)-depths), last=_frozen(np.arange(len(sizes), dtype=np.int32)+sizes-1),
             contracted=MappingProxyType({int(k): tuple(v) for k,v in (contracted or {}).items()}), hollow=tuple(sorted(map(int, hollow))), _tensors={},
-            ranks=tuple(ranks), rank_of=_frozen(np.full(len(parents), -1, np.int32) if rank_of is None else np.array(rank_of, np.int32)), labels=MappingProxyType({k: tuple(map(int, v)) for k,v in (labels or {}).items()}))
+            ranks=tuple(map(_clean, ranks)), rank_of=_frozen(np.full(len(parents), -1, np.int32) if rank_of is None else np.array(rank_of, np.int32)), labels=MappingProxyType({k if k.isascii() else _clean(k): tuple(map(int, v)) for k,v in (labels or {}).items()}))
         if not distinct:
             for i in _twins(names, parents)[:1]: raise TaxonomyError(f"{names[int(parents[i])]!r} has two children named {names[i]!r}; give them different names.")
 
@@ -309,12 +319,23 @@ def _twins(names:Names, parents:np.ndarray)->list[int]:
     count = Counter(some.values())
     return [i for i,key in some.items() if count[key]>1]
 
-# %% ../nbs/00_taxonomy.ipynb #54ec1cf6
-def _clean(name:Any)->str: # '' for a null
-    "No blanks around it, no byte-order mark, composed Unicode"
-    if not isinstance(name, str): return '' if name is None or name!=name else str(name)
-    return unicodedata.normalize('NFC', name.replace('\ufeff', '')).strip()
+# %% ../nbs/00_taxonomy.ipynb #c4a17052
+@functools.cache
+def _unsayable(also:str)->re.Pattern: return re.compile(r'\\(?=x[0-9a-f]{2})|[\x00-\x1f\x7f\udc80-\udcff' + re.escape(''.join(o for o in also if o.isascii() and not o.isalnum())) + ']')
 
+def _escaped(
+    text:str, # a name, or the name of a file
+    also:str='', # characters that have a meaning where it is written
+)->str: # text in valid UTF-8 on one line
+    r"Control characters, bytes that are no text, and the characters of `also`, as `\xNN`"
+    return _unsayable(also).sub(lambda m: f'\\x{ord(m[0])&0xff:02x}', _whole(text))
+
+def _restored(text:str)->str:
+    "What `_escaped` was given"
+    def one(m:re.Match)->str: return chr(k if (k := int(m[1], 16))<0x80 else 0xdc00+k)
+    return re.sub(r'\\x([0-9a-f]{2})', one, text)
+
+# %% ../nbs/00_taxonomy.ipynb #54ec1cf6
 @patch
 def _named(self:Taxonomy, name:str)->list[int]:
     "The nodes of this very name"
@@ -328,17 +349,19 @@ def _path_ends_in(self:Taxonomy, node:int, tail:str)->bool:
     "Whether `tail` is the end of the node's path"
     while node>=0:
         name = self.names[node]
-        if name==tail: return True
-        if not tail.endswith('/'+name): return False
-        node, tail = int(self.parents[node]), tail[:-len(name)-1]
+        if tail in (name, _escaped(name, '/')): return True
+        above = next((o for o in (tail.removesuffix('/'+name), tail.removesuffix('/'+_escaped(name, '/'))) if o!=tail), None)
+        if above is None: return False
+        node, tail = int(self.parents[node]), above
     return False
 
 @patch
 def _find(self:Taxonomy, name:str)->int:
     "The one node of this name or path"
-    found = self._named(name)
-    for m in re.finditer('/', name): found += [i for i in self._named(name[m.end():]) if self._path_ends_in(int(self.parents[i]), name[:m.start()])]
-    whole = [i for i in found if self.path(i) in (name, f'{self.names[0]}/{name}')] if '/' in name and len(found)>1 else []
+    own = self._named(name); found = list(own)
+    for m in re.finditer('/', name): found += [i for o in dict.fromkeys((name[m.end():], _restored(name[m.end():]))) for i in self._named(o) if self._path_ends_in(int(self.parents[i]), name[:m.start()])]
+    if not found and '\\' in name: found = self._named(_restored(name))
+    whole = [i for i in found if self.path(i)==name or not own and self.path(i)==self.path(0)+'/'+name] if '/' in name and len(found)>1 else []
     if len(found)==1 or len(whole)==1: return (whole or found)[0]
     if found: raise TaxonomyError(f"{name!r} is the name of {len(found)} nodes, {_few([self.path(i) for i in found])}; give the path.")
     if len(rows := self.labels.get(name, ()))==1: return rows[0]
@@ -354,7 +377,7 @@ def index(self:Taxonomy,
     if isinstance(name, str) or not isinstance(name, Iterable): return self._find(_clean(name))
     names = list(map(_clean, name)); unique = list(dict.fromkeys(names))
     found = _look_up(unique, self.names, self._hashes).tolist()
-    ids = {o: i if i>=0 else self._find(o) for o,i in zip(unique, found)}
+    ids = {o: i if i>=0 and '/' not in o else self._find(o) for o,i in zip(unique, found)}
     return np.fromiter(map(ids.__getitem__, names), np.int64, len(names))
 
 @patch
@@ -470,11 +493,11 @@ def children(self:Taxonomy,
 @patch
 def path(self:Taxonomy,
     node:int|str, # id or name
-    sep:str='/', # between names
+    sep:str='/', # between names; inside a name it stands as `\xNN`
     contracted:bool=False, # show the names that `prune` took out as well
 )->str: # 'root/…/name', which `index` understands when nothing contracted is in it
     "The names from the root to a node"
-    return sep.join(o for i in self.ancestors(node).tolist() for o in (*(self.contracted.get(i, ()) if contracted else ()), self.names[i]))
+    return sep.join(_escaped(o, sep.strip()) for i in self.ancestors(node).tolist() for o in (*(self.contracted.get(i, ()) if contracted else ()), self.names[i]))
 
 # %% ../nbs/00_taxonomy.ipynb #c4a17012
 @patch
@@ -493,7 +516,7 @@ def _tidy(names:Iterable)->list[str]:
     except TypeError: plain = False
     if not plain: out = list(map(_clean, names))
     if out!=names:
-        changed = [o for o,c in zip(names, out) if isinstance(o, str) and o!=c and c]
+        changed = [o for o,c in zip(names, out) if isinstance(o, str) and _whole(o)!=c and c]
         if changed: warnings.warn(f"{len(changed):,} names were cleaned of blanks around them, byte-order marks or split accents: {_few(changed)}.", TaxonomyWarning, stacklevel=2)
     return out
 
@@ -514,8 +537,9 @@ def _from_pairs(names:list[str], children:list[str], above:list[str], root:str|N
     tree = np.full(len(names), -1, np.int32); tree[child] = parent
     for k in np.flatnonzero(tree[child]!=parent).tolist():
         both = ' and '.join(repr(o) if o else 'none' for o in (above[k], names[tree[child[k]]] if tree[child[k]]>=0 else ''))
-        raise TaxonomyError(f"{children[k]!r} has two parents, {both}, and a tree allows one; LabelGraph(edges).to_tree() chooses by a rule.")
+        raise TaxonomyError(f"{children[k]!r} has two parents, {both}, and a tree allows one: two taxa of one name are told apart by paths (Taxonomy.from_paths), and for one class below both LabelGraph(edges).to_tree() chooses by a rule.")
     if root is not None and (tree<0).sum()>1:
+        root = _clean(root)
         if root in names: raise TaxonomyError(f"{root!r} cannot be put above the roots because a node has that name; choose another.")
         names, tree, hollow = [root, *names], np.append(np.int32(-1), tree+np.int32(1)), [k+1 for k in hollow]
     return Taxonomy(names, tree, hollow=hollow, distinct=True)
@@ -548,15 +572,25 @@ def _alike(a:str, b:str)->bool: return a==b or ('_' in a or '_' in b) and a.repl
 
 def _ended(above:list[str], name:str)->list[str]: return above if above and _alike(above[-1], name) else [*above, name]
 
+def _root(
+    root:str|None, # as somebody wants it
+    names:Iterable[str], # of all nodes below it
+)->str:
+    "The name of the node above all: as wanted, or else 'root', unless a node has it"
+    names = set(names)
+    if root is None: return next(o for k in count(1) if (o := ('root', 'root of all', f'root of all {k}')[min(k, 3)-1]) not in names)
+    if (root := _clean(root)) in names: raise TaxonomyError(f"A node has the name {root!r} of the root above all classes; choose another with root='…'.")
+    return root
+
 def _from_tuples(
     paths:Iterable[Sequence[str]], # names below the root
-    root:str, # name of the node above all
+    root:str|None, # name of the node above all, see `_root`
     labels:Iterable[str]=(), # what the class at the end of each path is called; '' for none
     places:Iterable[Sequence[int]]=(), # ranks of the names of each path
     ranks:Sequence[str]=(), # names of the ranks
 )->Taxonomy:
     "The union of root paths below a root; a class is the taxon that its path ends in, and where several labels share one, those that it is not named after are classes below it"
-    ids, names, parents, nodes = {}, [root], [-1], {}
+    ids, names, parents, nodes = {}, [''], [-1], {}
     def walk(at:int, path:Iterable[str])->int:
         for name in path:
             key = at, name
@@ -572,7 +606,7 @@ def _from_tuples(
         if not at or shared[at]>1 and not _alike(label, names[at]): at = walk(at, [label])
         nodes.setdefault(label, {}).setdefault(at)
     if len(names)==1: raise TaxonomyError("The tree is empty; give it at least one class.")
-    if root in names[1:]: raise TaxonomyError(f"A node has the name {root!r} of the root above all classes; choose another with root='…'.")
+    names[0] = _root(root, names[1:])
     twice = [k for k,n in Counter(names).items() if n>1] if len(set(names))<len(names) else []
     if twice: warnings.warn(f"{len(twice):,} names stand under several parents and want their path to be found: {_few(twice)}.", TaxonomyWarning, stacklevel=3)
     return Taxonomy(names, parents, distinct=True, ranks=ranks, rank_of=rank_of+[-1]*(len(names)-len(rank_of)), labels=nodes)
@@ -582,7 +616,7 @@ def _from_tuples(
 def from_paths(cls:Taxonomy,
     paths:Mapping[str,str|Sequence[str]|None]|Iterable[str|Sequence[str]], # class → lineage above it ('animal/mammal'), or whole paths
     sep:str='/', # between the ranks of a path that is a string
-    root:str='root', # name of the node above all
+    root:str|None=None, # name of the node above all; None: 'root', or 'root of all' where a node is called root
 )->Taxonomy:
     "Tree of a class → lineage mapping, or of whole paths; a class that ends its own lineage is that taxon"
     def split(o:Any)->list: return o.split(sep) if isinstance(o, str) else [] if o is None or o!=o else list(o)
@@ -613,7 +647,7 @@ def _read_csv(
             line = f.readline(); f.seek(0)
             sep = max(',\t;', key=line.count)
             rows = csv.reader(f, delimiter=sep, strict=True, quoting=csv.QUOTE_NONE if sep=='\t' else csv.QUOTE_MINIMAL)
-            head, out = [o.strip() for o in next(rows, [])], []
+            head, out = list(map(_clean, next(rows, []))), []
             for row in rows:
                 if row and len(row)!=len(head): raise TaxonomyError(f"{path}, line {rows.line_num}: {len(row)} cells under a header of {len(head)}; put quotes around a name that holds {sep!r}.")
                 if row: out.append((rows.line_num, row))
@@ -624,6 +658,7 @@ def _read_csv(
 
 def _column(path:Path, head:list[str], name:str, last:bool=False)->int:
     "Where a heading stands: the first of its kind, or the last"
+    name = _clean(name)
     if name not in head: raise TaxonomyError(f"{path} has no column {name!r}; it has {', '.join(map(repr, head)) or 'none'}.{did_you_mean(name, head)}")
     return len(head)-1-head[::-1].index(name) if last else head.index(name)
 
@@ -682,7 +717,7 @@ def from_csv(cls:Taxonomy,
     lineage:str='lineage', # column with the path above the class; where there is none, the first column is the label and the others are ranks
     sep:str|None=None, # between the ranks of a lineage; None: what separates them in this file, of / > ; |
     ranks:Sequence[str]|None=None, # columns from the top rank down, instead of what the headings say
-    root:str='root', # name of the node above all
+    root:str|None=None, # name of the node above all; None: 'root', or 'root of all' where a node is called root
 )->Taxonomy: # with `labels`, and with `ranks` where the table names them
     "Tree of a CSV with lineages or with rank columns"
     path = Path(path); head, rows = _read_csv(path)
@@ -701,7 +736,7 @@ def from_csv(cls:Taxonomy,
 @patch(cls_method=True)
 def from_folder(cls:Taxonomy,
     path:str|Path, # its directories are the first level
-    root:str='root', # name of the node above all
+    root:str|None=None, # name of the node above all; None: 'root', or 'root of all' where a node is called root
 )->Taxonomy:
     "Tree of nested directories, in alphabetical order"
     path = Path(path); paths = []
@@ -779,12 +814,12 @@ def _parse_newick(tokens:list[tuple[int,str]], text:str)->tuple[list[str],list[i
 def from_newick(cls:Taxonomy,
     source:str|Path, # the text of a tree, or a file with it
     support:bool=True, # numbers that label inner nodes are support values, not names (in quotes they are names)
-    root:str='root', # name of a root without a label
+    root:str|None=None, # name of a root without a label; None: 'root', or 'root of all' where a node is called root
     tree:int|None=None, # which one, counted from 1, where there are several; None: the first, with a note
 )->Taxonomy:
     "Tree of a Newick string or file"
-    if isinstance(source, Path) or not re.search('[(;]', source) or len(source)<256 and Path(source).is_file():
-        if not Path(source).is_file(): raise TaxonomyError(f"There is no file {source}, and it is no Newick text either (which has brackets and a ';').")
+    if isinstance(source, Path) or not re.search('[(;]', source) or os.path.isfile(source):
+        if not os.path.isfile(source): raise TaxonomyError(f"There is no file {source}, and it is no Newick text either (which has brackets and a ';').")
         try: source = Path(source).read_text(encoding='utf-8-sig')
         except UnicodeDecodeError as e: raise TaxonomyError(f"{source} is not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8.") from e
     source = source.strip('\ufeff \n'); trees = _newick_trees(source)
@@ -796,11 +831,11 @@ def from_newick(cls:Taxonomy,
     for i in range(len(names)-1, 0, -1):
         if last[parents[i]]==parents[i]: last[parents[i]] = last[i]
         first[parents[i]] = first[i]
-    names = _tidy(names)
+    names = _tidy(names); top = root or _root(None, names)
     for i in range(len(names)-1, -1, -1):
         if support and i in inner and i not in quoted and re.fullmatch(_SUPPORT, names[i]): names[i] = ''
         if not names[i] and i not in inner: raise TaxonomyError(f"A leaf of the Newick tree has no label (below {names[parents[i]] or 'an unnamed node'!r}, after {names[i-1]!r}); name it.")
-        names[i] = names[i] or (f'{names[first[i]]}…{names[last[i]]}' if i else root)
+        names[i] = names[i] or (f'{names[first[i]]}…{names[last[i]]}' if i else top)
     return cls(names, parents)
 
 # %% ../nbs/00_taxonomy.ipynb #7f759008

@@ -153,13 +153,13 @@ def test_predict_continues(world, trained, tmp_path, quick):
     assert AnswerFile(tmp_path/'a.csv', about=json.loads((tmp_path/'a.csv.json').read_text())['about']).images == 60
 
 @pytest.mark.parametrize('format', ['csv', 'json', 'ecotaxa', 'dwc'])
-def test_predict_in_every_format(world, trained, tmp_path, quick, format):
+def test_predict_in_every_format(world, trained, quick, format):
     from hiermetric.predictor import FORMATS
     ask = ('predict', 'zoo/ant', 'zoo/dove', '--model', 'trained', '--rule', 'argmax', '--within', 'bird, walker', '--candidates', 1, '--format', format)
-    ok(inside(world, *ask, '--out', tmp_path/'t'))
+    ok(inside(world, *ask, '--out', world/f't.{format}'))
     said = inside(world, *ask)   # without --out: to the terminal, and nothing else there
-    assert ok(said) == (tmp_path/'t').read_text() and '24 images: 100.0% as specific as asked' in said.err
-    t = FORMATS[format]().read(tmp_path/'t')
+    assert ok(said) == (world/f't.{format}').read_text() and '24 images: 100.0% as specific as asked' in said.err
+    t = FORMATS[format]().read(world/f't.{format}')
     assert len(t) == 24 and set(t.answer) <= {'ant', 'bug', 'crow', 'dove'} and t.listed.between(0, 1).all()
 
 def test_predict_at_a_rank_within_a_list(world, trained, tmp_path, quick):

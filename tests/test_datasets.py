@@ -182,7 +182,7 @@ def test_messages(tmp_path):
     assert message(load_dataset, tmp_path/'empty').startswith(f'There is no image in {tmp_path}/empty: it should hold one folder a class, with .bmp, ')
     assert message(load_dataset, touch(tmp_path/'flat', '1.jpg')) == f'The images in {tmp_path}/flat lie beside each other; put them into one folder a class.'
     twice = touch(tmp_path/'twice', 'north/bee/1.jpg', 'south/bee/2.jpg')
-    assert message(load_dataset, twice, TREE) == "Class 'bee' is in two places, north/bee and south/bee; put its images together or rename one."
+    assert message(load_dataset, twice, TREE) == "Class 'bee' is in two places, north/bee and south/bee; if that is one class, put its images together, and if these are two, rename one or give the taxonomy both."
     assert message(load_dataset, d, TREE, val=.6, test=.4) == 'The shares val=0.6 and test=0.4 leave nothing to train on; they are fractions whose sum is below 1.'
     assert message(load_dataset, d, held_out='bea') == "Class 'bea' cannot be held out: set has no images of it. Did you mean 'bee' or 'zebra'?"
     assert message(load_dataset, 'tiny-imagenet', root=tmp_path/'nowhere') == f'There is no {tmp_path}/nowhere; give the folder that holds tiny-imagenet-200.zip.'

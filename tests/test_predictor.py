@@ -404,7 +404,7 @@ ROWS = pd.DataFrame({'image': ['a/1.png', 'a/2.png'], 'answer': ['Calanus', 'roo
                      'guess_probability': [.5, .1], 'candidate_1': ['C. glacialis', 'Copepoda'], 'candidate_1_probability': [.5, .4]})
 
 def test_ecotaxa_as_its_import_wants_it():
-    head, types, first, second = (dict(enumerate(o.split('\t'))) for o in FORMATS['ecotaxa']().write(ROWS).splitlines())
+    head, types, first, second = (dict(enumerate(o.split('\t'))) for o in FORMATS['ecotaxa']().write(ROWS).removeprefix('\ufeff').splitlines())
     column = {v: k for k, v in head.items()}
     assert {v: types[k] for v, k in column.items()} == {o: '[f]' if o.endswith(('probability', 'novel')) else '[t]' for o in column}
     assert all(o.startswith(('object_', 'img_')) for o in column) and len(set(column)) == len(head)
@@ -436,8 +436,9 @@ def test_killed_at_any_byte(tmp_path, name):
     for _ in range(40):
         left = list(file.missing(rows['image']))
         if not left: break
-        if rng.random() < .6: file.append(rows[rows['image'].isin(left[:3])])
-        text = file.format.write(rows[-2:], first=file.bytes == 0).encode()
+        if rng.random() < .6: file.append(rows[rows['image'].isin(left[:3])]); left = left[3:]
+        text = file.format.write(rows[rows['image'].isin(left[:3])], first=file.bytes == 0).encode() if left else b'x'
+        file._write_note(file.bytes + len(text))
         with file.path.open('ab') as f: f.write(text[:rng.integers(0, len(text))])   # what a killed process leaves
         file = AnswerFile(tmp_path/'grown', name, {'model': 'hiermetric'})
     assert (tmp_path/'grown').read_bytes() == (tmp_path/'whole').read_bytes() and file.images == 12
