@@ -1,11 +1,9 @@
 "A bit that flips, a number that is edited, a file that comes from elsewhere: an error that names it, or the same answers."
 import json, os, shutil
-from pathlib import Path
 import numpy as np
 import pytest, torch
 from hiermetric.core import HiermetricError
 from hiermetric.features import Features
-from hiermetric.heads import Model
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index
 from hiermetric.taxonomy import Taxonomy

@@ -1,11 +1,9 @@
 "What somebody else wrote is neither replaced nor written over, wherever a folder is named for what comes out."
 import os, subprocess
 import numpy as np
-import pandas as pd
 import pytest, torch
 from hiermetric.core import HiermetricError
 from hiermetric.experiment import compare
-from hiermetric.features import Features
 from hiermetric.heads import Model
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index, unseen_protocol

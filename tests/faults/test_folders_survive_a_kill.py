@@ -2,7 +2,7 @@
 import os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
-import pytest, torch
+import pytest
 from hiermetric.core import atomic_path, settle, sweep, unpack
 from hiermetric.features import Features
 from hiermetric.heads import Model
