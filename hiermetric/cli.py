@@ -337,8 +337,8 @@ def predict(
     [cyan]hiermetric predict photos/ --model runs/mine --confidence 0.95 --out answers.csv[/]
     [cyan]hiermetric predict photos/ --model runs/mine --rank 2 --within Copepoda --format ecotaxa --out photos/ecotaxa_answers.tsv[/]
     """
-    from hiermetric.predictor import _only_one
-    with _only_one(out) if out is not None else nullcontext(): _write_answers(images, model, confidence, rule, at, rank, ranks, within, candidates, novel, format, out, skip_bad)
+    from hiermetric.core import alone
+    with alone(out) if out is not None else nullcontext(): _write_answers(images, model, confidence, rule, at, rank, ranks, within, candidates, novel, format, out, skip_bad)
 
 def _write_answers(images:list[str], model:str, confidence:float, rule:str, at:str, rank:str|None, ranks:str|None, within:str|None, candidates:int, novel:float, format:str, out:Path|None, skip_bad:bool)->None:
     from hiermetric.predictor import FORMATS, AnswerFile, Predictor, all_images

@@ -5,7 +5,7 @@
 # %% ../nbs/00_core.ipynb #cec5167d
 from __future__ import annotations
 import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, os, platform, re, secrets, shutil, tarfile, tempfile, threading, time, urllib.error, urllib.request, zipfile, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -258,18 +258,26 @@ _LOCK, _held = '.hiermetric.lock', {}
 
 @contextmanager
 def alone(
-    path:str|Path, # a file or folder that is worked at
+    path:str|Path, # a file or folder that is going to be written
 )->Iterator[None]:
-    "One process (and thread) at a time; raises `HiermetricError` where another is at it"
+    "A place that one process (and thread) at a time writes to; raises `HiermetricError` where another does"
     from filelock import FileLock, Timeout
-    path = Path(os.path.realpath(Path(path).expanduser())); path.parent.mkdir(parents=True, exist_ok=True)
-    lock, me = path/_LOCK if path.is_dir() else path.with_name(f'.{path.name}.lock'), threading.get_ident()
-    if _held.get(lock) == me: yield; return   # we are at it already
-    held = FileLock(lock, timeout=0)
-    try: held.acquire()
-    except Timeout: raise HiermetricError(f"Another process is at work on {path}; wait until it has finished, or choose another place.") from None
-    try: _held[lock] = me; yield
-    finally: _held.pop(lock, None); held.release()
+    given, path, me = path, Path(os.path.realpath(Path(path).expanduser())), threading.get_ident()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path/_LOCK if path.is_dir() else path.with_name(f'.{path.name}.lock')
+    if _held.get(file) == me: yield; return   # we are at it already
+    lock = FileLock(file)
+    try: lock.acquire(blocking=False)
+    except Timeout:
+        try: who = f' (process {int(file.read_text())})'
+        except (OSError, ValueError): who = ''
+        raise HiermetricError(f"{given} is being written by another run{who}; wait until that has ended, or choose another place.") from None
+    try: _held[file] = me; file.write_text(str(os.getpid())); yield
+    finally: _held.pop(file, None); _let_go(lock)
+
+def _let_go(lock:'FileLock')->None:
+    with suppress(OSError): os.unlink(lock.lock_file)   # filelock sees that, and whoever waits makes a new one
+    lock.release()
 
 def claim_folder(
     folder:str|Path, # to be written into, file by file; made when missing
@@ -302,7 +310,9 @@ def in_turn(
     "Who wants to make the same thing at the same time waits here, and finds it made"
     from filelock import FileLock
     locks = cache_dir()/'locks'; locks.mkdir(exist_ok=True)
-    with FileLock(locks/f'{fingerprint(os.path.realpath(path))}.lock'): yield
+    lock = FileLock(locks/f'{fingerprint(os.path.realpath(path))}.lock'); lock.acquire()
+    try: yield
+    finally: _let_go(lock)
 
 def download(
     url:str, # official address

@@ -922,23 +922,3 @@ def _place(name:str, base:str|None=None)->str:
 def _shared(name:str)->str: return os.fsencode(name).decode('utf-8', 'surrogateescape')   # as the file system has it, whatever the locale
 
 def _key(name:str, base:str|None=None)->int: return int.from_bytes(hashlib.blake2b(os.fsencode(_place(name, base)), digest_size=8).digest(), 'little')
-
-# %% ../nbs/15_predictor.ipynb #c4a17062
-@contextmanager
-def _only_one(
-    path:str|Path, # file or folder that is going to be written
-)->Iterator[None]:
-    "A place that one process at a time writes to"
-    from filelock import FileLock, Timeout
-    path = Path(path); file = path.with_name(f'.{path.name}.lock')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
-    try: lock.acquire(blocking=False)
-    except Timeout:
-        try: who = f' (process {int(file.read_text())})'
-        except (OSError, ValueError): who = ''
-        raise HiermetricError(f"{path} is being written by another run{who}; wait until that has ended, or choose another place.") from None
-    try: file.write_text(str(os.getpid())); yield
-    finally:
-        with suppress(OSError): file.unlink()
-        lock.release()

@@ -104,7 +104,7 @@ def weights(run): return {k: v.tolist() for k, v in run.model.state_dict().items
 def ended(out, true):
     finish(out)
     assert weights(load_run(out, TREE)) == true and Predictor.from_pretrained(out).taxonomy == TREE
-    assert sorted(os.listdir(out)) == ['.hiermetric.lock', 'about.json', 'history.csv', 'history.png', 'model', 'run.json']
+    assert sorted(os.listdir(out)) == ['about.json', 'history.csv', 'history.png', 'model', 'run.json']
 
 def test_the_end_of_a_training_survives_a_kill(tmp_path):
     true, n = weights(fit(TOY, **RUN)), 0

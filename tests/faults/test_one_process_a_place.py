@@ -3,8 +3,8 @@ import os, random, subprocess, sys, time
 from pathlib import Path
 import pytest
 from answering import picture, predicts, tiny_predictor
-from hiermetric.core import HiermetricError
-from hiermetric.predictor import FORMATS, _only_one
+from hiermetric.core import HiermetricError, alone
+from hiermetric.predictor import FORMATS
 from hiermetric.taxonomy import Taxonomy
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -38,7 +38,7 @@ def test_never_two_at_a_time(tmp_path):
         rng = random.Random(seed)
         for _ in range(25):
             try:
-                with _only_one(tmp_path/'t.csv'):
+                with alone(tmp_path/'t.csv'):
                     os.close(os.open(tmp_path/'inside', os.O_CREAT | os.O_EXCL)); time.sleep(rng.random()/500); os.unlink(tmp_path/'inside')
                     with open(tmp_path/'count', 'a') as f: f.write('x')
             except HiermetricError: pass
