@@ -325,14 +325,16 @@ class LevelTemperatures(Calibration):
         self.temperatures = np.exp(found).tolist()
         for d, T in enumerate(self.temperatures, 1): _warn_at_limit(T, self.limits, f' at depth {d}')
 
-    def _scale(self, p:Tensor)->Tensor:
-        T = p.new_tensor(self.temperatures, dtype=torch.float64)[self.tax.tensor('depths', p.device)[1:] - 1]
-        return _from_conditionals(sibling_log_softmax(_log_conditionals(p, self.tax)/T, self.tax), self.tax)
+    def _scale(self, p:Tensor)->Tensor: return _from_conditionals(_tempered(p, self.temperatures, self.tax), self.tax)
 
 # %% ../nbs/11_decisions.ipynb #119a5e7b
 def _log_conditionals(p:Tensor, tax:Taxonomy)->Tensor: # (B, N) to (B, N−1) float64, log P(node | parent)
     q = p.double().clamp(min=torch.finfo(torch.float64).tiny).log()
     return q[:,1:] - q.index_select(1, tax.tensor('parents', p.device)[1:])
+
+def _tempered(p:Tensor, temperatures:Sequence[float], tax:Taxonomy)->Tensor: # (B, N) to (B, N−1) float64, the same with a temperature a level
+    T = p.new_tensor(temperatures, dtype=torch.float64)[tax.tensor('depths', p.device)[1:] - 1]
+    return sibling_log_softmax(_log_conditionals(p, tax)/T, tax)
 
 def _from_conditionals(logs:Tensor, tax:Taxonomy)->Tensor: return path_sums(F.pad(logs, (1, 0)), tax).exp()   # (B, N−1) to (B, N)
 
@@ -341,14 +343,16 @@ IMAGINARY = 300   # images of the prior, to a level
 
 class NodeIsotonic(Calibration):
     "A monotone function for the conditionals of each level, normalised among siblings [@zadrozny2002transforming]"
-    name, learned = 'isotonic', ('knots',)
-    knots:Sequence|None = None   # (H,) pairs of lists: conditional probability as it comes, as it shall be
+    name, learned = 'isotonic', ('temperatures', 'knots')
+    temperatures:Sequence[float]|None = None   # (H,) of `LevelTemperatures`, from which the functions go on
+    knots:Sequence|None = None   # (H,) pairs of lists: tempered conditional probability, as it shall be
 
     def _fit(self, p:Tensor, t:np.ndarray, tax:Taxonomy):
         from sklearn.isotonic import IsotonicRegression
+        self.temperatures = LevelTemperatures().fit(p, t, tax).temperatures
         pairs = [[] for _ in range(tax.height)]; up, depths = tax.parents[1:], tax.depths[1:]
         for o in _rows(*p.shape):
-            x = _log_conditionals(p[o], tax).exp().cpu().numpy(); path = tax.multi_hot(t[o])
+            x = _tempered(p[o], self.temperatures, tax).exp().cpu().numpy(); path = tax.multi_hot(t[o])
             asked = path[:,up] & (up != t[o,None])   # the parent is above the label
             for d in range(1, tax.height + 1): at = asked & (depths == d); pairs[d-1].append((x[at], path[:,1:][at]))
         self.knots = []
@@ -360,7 +364,7 @@ class NodeIsotonic(Calibration):
             self.knots.append([fit.X_thresholds_.tolist(), fit.y_thresholds_.tolist()])
 
     def _scale(self, p:Tensor)->Tensor:
-        x = _log_conditionals(p, self.tax).exp().cpu().numpy(); y = np.empty_like(x)
+        x = _tempered(p, self.temperatures, self.tax).exp().cpu().numpy(); y = np.empty_like(x)
         for d, (at, to) in enumerate(self.knots, 1): cols = self.tax.depths[1:] == d; y[:,cols] = np.interp(x[:,cols], at, to)
         return _from_conditionals(sibling_log_softmax(torch.as_tensor(y, device=p.device).log(), self.tax), self.tax)
 
