@@ -658,7 +658,7 @@ _RUNS = re.compile(r"'*[=+\-@\uff0b\uff0d\uff1d\uff20\t\r\n]")   # how a cell be
 
 def _harmless(cell:str)->str: return "'" + cell if _RUNS.match(cell) else cell
 def _plain(cell:str)->str: return cell[1:] if cell[:1] == "'" and _RUNS.match(cell) else cell
-def _told(row:dict)->dict: return {_restored(k): _restored(v) if isinstance(v, str) and k != 'path' else v for k, v in row.items()}
+def _told(row:dict)->dict: return {k: _restored(v) if isinstance(v, str) and '\\' in v and k != 'path' else v for k, v in row.items()}
 
 def _typed(rows:list[dict])->pd.DataFrame:
     "Text to the types of a table of answers"
@@ -686,6 +686,7 @@ class Format:
     def pack(self, table:pd.DataFrame, model:str)->pd.DataFrame: return table
     def unpack(self, row:dict[str, str])->dict: return row
     def head(self, packed:pd.DataFrame)->str: return self.text(packed[:0], True)
+    def columns(self, line:str)->list[str]: return list(map(_restored, self.cells(line)))
     def cells(self, line:str)->list[str]: return list(map(_plain, next(csv.reader([line], delimiter=self.sep, strict=True))))
 
     def text(self, packed:pd.DataFrame, header:bool=False)->str:
@@ -729,7 +730,7 @@ class Format:
         "Read in constant memory"
         head = []
         for n, (_, line, _) in enumerate(self.lines(path)):
-            if n == 0 and self.heads: head = self.cells(line)
+            if n == 0 and self.heads: head = self.columns(line)
             elif n >= self.heads and (row := self.row(line, head)) is not None: yield row
 
     def read(self,
@@ -856,7 +857,7 @@ class AnswerFile:
             try:
                 if not whole and (size < end or n < form.heads): raise ValueError('it has no end')
                 row = form.row(line, self._head or []) if n >= form.heads else None
-                if n == 0 and form.heads: self._head = form.cells(line)
+                if n == 0 and form.heads: self._head = form.columns(line)
                 if row is not None: self._seen.add(_key(row['image'], self.base)); self.images += 1
                 if row is not None and at > end: more.append(row); _typed([row])
             except _NO_ROW as e:
@@ -884,7 +885,7 @@ class AnswerFile:
         for o in table['image']: self._seen.add(_key(o, self.base))
         self.bytes += len(text); self.images += len(table); self._write_note()
 
-    def _columns(self, table:pd.DataFrame, model:str)->list[str]: return self.format.cells(self.format.head(self.format.pack(table[:1], model)).removeprefix('\ufeff').partition('\n')[0])
+    def _columns(self, table:pd.DataFrame, model:str)->list[str]: return self.format.columns(self.format.head(self.format.pack(table[:1], model)).removeprefix('\ufeff').partition('\n')[0])
 
     def _write_note(self, end:int|None=None)->None:   # `end`: of the block that is about to be written
         here = os.path.realpath(self.path.parent)
