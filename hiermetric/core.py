@@ -126,6 +126,7 @@ def atomic_path(
 )->Iterator[Path]: # where to write it
     "Write beside, then move into place: readers see the old file or the new one, never a part"
     path = settle(path); path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path.is_file() or path.is_dir()): raise HiermetricError(f"{path} is neither a file nor a folder but a device or a pipe, which cannot be replaced; choose another name.")
     stays = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
     tmp = _beside(path/path.name if stays else path, 'part')
     try:

@@ -490,7 +490,7 @@ def read_files(cls:Model,
     taxonomy:Taxonomy|None=None, # the tree in use; None: the checkpoint's own
 )->Model: # in evaluation mode
     "What `load` finds in its folder"
-    from safetensors.torch import load_file
+    from safetensors.torch import load
     from safetensors import SafetensorError
     try:
         cfg = json.loads((folder/'config.json').read_text(encoding='utf-8')); own, kw, head = cfg['taxonomy'], cfg['embedding'], cfg['head']
@@ -498,6 +498,6 @@ def read_files(cls:Model,
         if tax.fingerprint != own: raise HiermetricError(f"The model in {folder} belongs to the taxonomy {own} and not to {tax.fingerprint}; load it without `taxonomy` to use its own tree, or train a new one.")
         encoder = Encoder(pretrained=False, **cfg['encoder']) if 'encoder' in cfg else None
         model = cls(EmbeddingNet(**kw), create_head(taxonomy=tax, **head), encoder)
-        model.load_state_dict(load_file(folder/'model.safetensors'))
+        model.load_state_dict(load((folder/'model.safetensors').read_bytes()))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e: raise HiermetricError(f"The model in {folder} is damaged ({e}); save it again.") from e
     return model.eval()

@@ -619,14 +619,14 @@ def _read(cls:Predictor, folder:Path, *args)->Predictor: return MODEL.read(folde
 @patch(cls_method=True)
 def _read_files(cls:Predictor, folder:Path, taxonomy:Taxonomy|None, ranks:Any, backbone:Backbone|None)->Predictor:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
     model = Model.read_files(folder, taxonomy)
     try:
         cfg = json.loads((folder/'config.json').read_text(encoding='utf-8')).get('predictor')
         if cfg is None: raise HiermetricError(f"The model in {folder} has no calibration, so it cannot promise anything. Train it with `hiermetric train`, which adds one (a finished run is not trained again), or use Predictor.from_run(…).save_pretrained(…).")
         if cfg['version'] > 2: raise HiermetricError(f"The model in {folder} was written by a newer hiermetric; update this one.")
         if not (folder/'calibration.safetensors').exists(): raise HiermetricError(f"{folder} has lost its calibration.safetensors; copy the whole folder again.")
-        val = load_file(folder/'calibration.safetensors')
+        val = load((folder/'calibration.safetensors').read_bytes())
         learned = {k.removeprefix('detector.'): v for k, v in val.items() if k.startswith('detector.')}
         detector = Detector.restore(cfg['detector'] | {'learned': learned}, model.taxonomy)
         out = cls(model, val['node_probs'], val['targets'], cfg['temperature'], detector, val['strange'], cfg['images'], ranks if ranks is not None else cfg['ranks'] and Ranks(cfg['ranks']['names'], np.array(cfg['ranks']['of'])), cfg['about'], backbone)

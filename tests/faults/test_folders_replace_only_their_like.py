@@ -109,3 +109,8 @@ def test_a_folder_whose_parent_may_not_be_written(kind, tmp_path, monkeypatch):
     at = tmp_path/'shared'/'it'; WHOLE[kind](at); access, rename = os.access, os.rename
     monkeypatch.setattr(os, 'access', lambda p, m: False if str(p) == str(at.parent) else access(p, m))
     WHOLE[kind](at); Index.load(at); assert os.listdir(at.parent) == ['it']
+
+def test_a_device_is_no_file():
+    from hiermetric.core import atomic_path
+    with pytest.raises(HiermetricError, match='device or a pipe'):
+        with atomic_path(os.devnull) as tmp: tmp.touch()
