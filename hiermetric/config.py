@@ -8,6 +8,7 @@ import dataclasses, inspect, re, types, typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import field, make_dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,7 @@ def _wanted(v:Any, kind:Any)->str: return kind_name(kind).replace('a number', 'a
 
 _IN_FILES = bool, int, float, str, list, tuple, dict, type(None), np.generic
 
+@cache
 def _hints(make:Callable)->dict[str, Any]:
     "Types by name; none where they cannot be read, as those of a class inside a function"
     try: return typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
