@@ -287,9 +287,15 @@ def _locked(folder:Path)->Iterator[None]:
     try: yield
     finally: lock.release()
 
-def _record(folder:Path)->dict: # rows done, and unreadable files as row → reason
-    p = folder/'progress.json'
-    return json.loads(p.read_text(encoding='utf-8')) if p.exists() else {'done': 0, 'bad': {}, 'seconds': 0.}
+def _record(folder:Path)->dict: # rows done, unreadable files as row → reason, and when all are done the array's fingerprint
+    new = {'done': 0, 'bad': {}, 'seconds': 0.}
+    try: return new | json.loads((folder/'progress.json').read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError, TypeError): return new   # a damaged record is none
+
+def _sound(folder:Path, record:dict)->bool:
+    "Whether the array is the one that was computed"
+    x = folder/'x.npy'
+    return x.exists() and record.get('array') in (None, core.fingerprint(x))   # None: not complete, or from before there were fingerprints
 
 def _place(folder:Path, n:int, dim:int)->np.memmap: # (n, F) float16
     "The array on disk, made where it is missing"
@@ -329,6 +335,9 @@ def _fill(
     "Compute the rows that are missing, and those of `again`; keep a record after every block"
     start, before, rows = time.perf_counter(), record['seconds'], np.arange(record['done'], len(x))
     faults, notes, paths = deque(), [], contents.paths
+    record.pop('array', None)
+    def keep()->None:
+        with atomic_path(folder/'progress.json') as tmp: tmp.write_text(json.dumps(record), encoding='utf-8')
     def feed(chunk:np.ndarray)->Iterator[Tensor]:
         for batch, wrong in _batches([paths[i] for i in chunk], backbone.transform, batch_size, workers, notes):
             faults.append(wrong); yield batch
@@ -344,7 +353,8 @@ def _fill(
         contents.check(chunk)
         x.flush()
         record |= {'done': max(record['done'], int(chunk[-1]) + 1), 'seconds': before + time.perf_counter() - start}
-        with atomic_path(folder/'progress.json') as tmp: tmp.write_text(json.dumps(record), encoding='utf-8')
+        keep()
+    record['array'] = core.fingerprint(folder/'x.npy'); keep()
     _tell(notes)
 
 # %% ../nbs/04_features.ipynb #1aeee550
@@ -372,12 +382,13 @@ def extract(
     def look()->tuple[dict, list[int], bool]: # record, rows that can be read by now, is anything to be done?
         record = _record(folder)
         again = [i for i in map(int, record['bad']) if not _decode(paths[i], backbone.transform)[1]]
-        return record, again, bool(again) or record['done'] < len(paths) or not (folder/'x.npy').exists()
+        return record, again, bool(again) or record['done'] < len(paths) or not _sound(folder, record)
     record, again, todo = look()
     if todo:
         with _locked(folder):
             record, again, todo = look()   # somebody else may have done it
             if todo:
+                if not _sound(folder, record): (folder/'x.npy').unlink(missing_ok=True)   # damaged: made anew
                 x = _place(folder, len(paths), backbone.dim); record = _record(folder)
                 with _bar(progress, table.name, len(paths), record['done'] - len(again)) as advance, _threads(1 if engine == 'openvino' else None):
                     _fill(x, record, folder, contents, again, backbone, _engines[engine](backbone), batch_size or (256 if engine == 'cuda' else 8), workers or min(cores, 16), block, advance)

@@ -164,3 +164,11 @@ def test_names_with_dots_keep_their_lists_apart(tmp_path, backbone):
     for name in ('Calanus sp.1', 'Calanus sp.2'):
         with pytest.raises(HiermetricError, match=f'{name}-[0-9a-f]+.unreadable.txt'): extract(ImageTable(table.samples, table.taxonomy, name, table.root, 'white'), backbone, cache=tmp_path/'c', **KW)
     assert len(list((tmp_path/'c').glob('*.unreadable.txt'))) == 2
+
+@pytest.mark.parametrize('name', ['x.npy', 'progress.json'])
+@pytest.mark.parametrize('harm', [lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], lambda b: b[:len(b)//2], lambda b: b'', lambda b: b'\x93' + b[1:]])
+def test_a_damaged_cache_is_made_anew(tmp_path, backbone, name, harm):
+    t = table_in(tmp_path/'data'); f = extract(t, backbone, cache=tmp_path/'cache', **KW); true, was, where = np.array(f.x), f.fingerprint, f.meta['folder']
+    del f; file = Path(where)/name; file.write_bytes(harm(file.read_bytes()))   # a file that is mapped must not shrink
+    g = extract(t, backbone, cache=tmp_path/'cache', **KW)
+    assert np.array_equal(g.x, true) and g.fingerprint == was and g.meta['folder'] == where
