@@ -297,12 +297,14 @@ def evaluate(
     """
     f = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad)
     import pandas as pd
+    from hiermetric.core import atomic_path
     from hiermetric.experiment import judge
     from hiermetric.training import load_run, predict, split_tensors
     model = load_run(run, f.taxonomy).model
     val, judged = ((predict(model, x), t.numpy()) for x, t in (split_tensors(f, s) for s in ('val', split)))
     table = pd.DataFrame({rule: v.metrics for rule, v in judge(val, judged, f.taxonomy, _names(rules)).items()}).T.rename_axis('rule')
-    if out is not None: out.parent.mkdir(parents=True, exist_ok=True); table.to_csv(out)
+    if out is not None:
+        with atomic_path(out) as tmp: table.to_csv(tmp)
     _print_table(table.map('{:.4f}'.format), f'{run} on the split {split!r}')
 
 # %% ../nbs/16_cli.ipynb #e3cd98d2
@@ -341,11 +343,12 @@ def predict(
     with alone(out) if out is not None else nullcontext(): _write_answers(images, model, confidence, rule, at, rank, ranks, within, candidates, novel, format, out, skip_bad)
 
 def _write_answers(images:list[str], model:str, confidence:float, rule:str, at:str, rank:str|None, ranks:str|None, within:str|None, candidates:int, novel:float, format:str, out:Path|None, skip_bad:bool)->None:
-    from hiermetric.predictor import FORMATS, AnswerFile, Predictor, all_images
+    from hiermetric.predictor import FORMATS, AnswerFile, Predictor, all_images, passed_over
     from hiermetric import __version__
     from hiermetric.core import fingerprint
     from hiermetric.features import _bar
-    form, found, predictor = FORMATS[format](), all_images(images), Predictor.from_pretrained(model, ranks=ranks)
+    others = Counter()
+    form, found, predictor = FORMATS[format](), all_images(images, others), Predictor.from_pretrained(model, ranks=ranks)
     listing = within is not None and os.path.isfile(within)
     listed = within if within is None or listing else _names(within)
     question = predictor.ask(confidence, rule, rank=rank, within=listed, candidates=candidates, novel=novel, **({} if at == 'all' else {'at': at}))
@@ -362,6 +365,7 @@ def _write_answers(images:list[str], model:str, confidence:float, rule:str, at:s
             if file: file.append(table)
             else: print(form.write(table, name, first), end='', flush=True); first = False
             said.update(table['path']); flags += int(table['novel'].sum()); advance(len(table))
+    if others: _say(f'Note: {passed_over(others)}', 'yellow')
     if not said and skipped: raise HiermetricError("None of the images can be read.")
     _tell(said, question, flags, skipped, out)
 

@@ -31,7 +31,8 @@ from .training import image_size, load_run, split_tensors
 
 # %% auto #0
 __all__ = ['FORMATS', 'Ranks', 'down_to', 'listed_leaves', 'Scope', 'novelty', 'next_steps', 'Question', 'Predictor',
-           'walk_images', 'all_images', 'model_folder', 'Format', 'JsonLines', 'EcoTaxa', 'DarwinCore', 'AnswerFile']
+           'walk_images', 'all_images', 'passed_over', 'model_folder', 'Format', 'JsonLines', 'EcoTaxa', 'DarwinCore',
+           'AnswerFile']
 
 # %% ../nbs/15_predictor.ipynb #0eab2f49
 @dataclass
@@ -423,6 +424,7 @@ def ask(self:Predictor,
 def walk_images(
     folder:str|Path, # searched with all its subfolders; hidden ones are passed over
     chunk:int=10_000, # names in memory at a time
+    others:Counter|None=None, # counts the files that are no images, by suffix
 )->Iterator[str]: # paths that begin with `folder`
     "Images below a folder, one after the other, in constant memory"
     def walk(here:str, above:tuple)->Iterator[str]:
@@ -434,11 +436,13 @@ def walk_images(
                     if o.name.startswith('.') or o.name == '__MACOSX': continue
                     if o.is_dir():
                         if (me := os.path.realpath(o.path)) not in above: yield from walk(o.path, (*above, me))   # else a link that leads back
-                    elif os.path.splitext(o.name)[1].lower() in IMAGE_TYPES: yield o.path
+                    elif (kind := os.path.splitext(o.name)[1].lower()) in IMAGE_TYPES: yield o.path
+                    elif others is not None: others[kind] += 1
     yield from walk(os.fspath(folder), (os.path.realpath(folder),))
 
 def all_images(
     sources:Any, # a path, an image (whatever `read_image` takes), or several of them; a folder stands for the images in it
+    others:Counter|None=None, # as for `walk_images`
 )->Iterator[Any]: # paths of files, or images
     "One image after the other; what is not there is an error before the first"
     if getattr(getattr(sources, 'dtype', None), 'kind', '') in tuple('UOT'): sources = sources.tolist()   # a column of paths
@@ -448,7 +452,16 @@ def all_images(
         if not isinstance(o, (str, os.PathLike)): continue
         if not os.path.exists(o): raise HiermetricError(f"There is no image or folder {o}.{_nearby(Path(o).absolute())}")
         if os.path.isdir(o) and next(walk_images(o), None) is None: raise HiermetricError(f"There is no image in {o}; images are {', '.join(sorted(IMAGE_TYPES))} files.")
-    return (p for o in sources for p in (walk_images(o) if isinstance(o, (str, os.PathLike)) and os.path.isdir(o) else [os.fspath(o) if isinstance(o, os.PathLike) else o]))
+    return (p for o in sources for p in (walk_images(o, others=others) if isinstance(o, (str, os.PathLike)) and os.path.isdir(o) else [os.fspath(o) if isinstance(o, os.PathLike) else o]))
+
+# %% ../nbs/15_predictor.ipynb #c4a17090
+def passed_over(
+    others:Counter, # of `walk_images`
+)->str: # '' for none
+    "A sentence about the files in folders that were not looked at"
+    if not others: return ''
+    kinds = ', '.join(f"{n:,} {kind or 'without a suffix'}" for kind, n in others.most_common(8)) + (', …' if len(others) > 8 else '')
+    return f"{others.total():,} files that are no images, or of no kind that is read, were passed over: {kinds}." + (' Pictures in HEIC are read where pillow-heif is installed (pip install pillow-heif).' if {'.heic', '.heif', '.hif'} & set(others) else '')
 
 # %% ../nbs/15_predictor.ipynb #e782831f
 @patch(as_prop=True)
@@ -522,7 +535,9 @@ def __call__(self:Predictor,
     "Answers about images"
     how, wrong = {k: kwargs.pop(k) for k in ('engine', 'block', 'batch_size', 'workers') if k in kwargs}, []
     question = self.ask(confidence, rule, **kwargs)
-    parts = list(self.stream(images, question, bad=(lambda name, why: wrong.append(why)) if skip_bad else None, **how))
+    others = Counter()
+    parts = list(self.stream(all_images(images, others), question, bad=(lambda name, why: wrong.append(why)) if skip_bad else None, **how))
+    if others: warnings.warn(passed_over(others), stacklevel=2)
     if wrong: warnings.warn(f"{len(wrong)} unreadable images were left out: {'; '.join(wrong)}", stacklevel=2)
     if not parts: raise HiermetricError("There is no image that can be read among these.")
     return pd.concat(parts, ignore_index=True)

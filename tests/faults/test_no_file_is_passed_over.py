@@ -66,3 +66,16 @@ def test_a_folder_under_two_names_is_named_and_a_link_that_leads_back_is_none(tm
     (d/'wasp').unlink(); (d/'gnat').symlink_to(tmp_path/'elsewhere'); assert f'{d}/fly and {d}/gnat are one folder' in message(load_dataset, d)
     (d/'gnat').unlink(); (d/'gone').symlink_to(tmp_path/'nowhere'); assert 'gone' in find_images(d)[1]                 # a link to nothing is a file
     (d/'bee'/'gone.jpg').symlink_to(tmp_path/'nowhere.jpg'); assert str(d/'bee'/'gone.jpg') in set(find_images(d)[0]['path'])   # and named when it is read
+
+def test_what_lies_in_a_folder_of_new_images_is_counted(tmp_path, monkeypatch):
+    from collections import Counter
+    from answering import picture, predicts, tiny_predictor
+    from hiermetric.predictor import passed_over, walk_images
+    from hiermetric.taxonomy import Taxonomy
+    picture(tmp_path/'in'/'a.png', 0)
+    for o in ('b.heic', 'c.HEIC', 'd.txt', 'e', '.hidden', 'sub/f.raw'): (tmp_path/'in'/o).parent.mkdir(exist_ok=True); (tmp_path/'in'/o).touch()
+    monkeypatch.setattr('hiermetric.predictor.IMAGE_TYPES', {'.png'}); n = Counter()
+    assert [Path(o).name for o in walk_images(tmp_path/'in', others=n)] == ['a.png'] and n == {'.heic': 2, '.txt': 1, '': 1, '.raw': 1} and passed_over(Counter()) == ''
+    run = predicts(monkeypatch, tiny_predictor(tmp_path/'tiny', Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'}), ['cod', 'eel']))
+    r = run('in', '--out', 'a.csv', at=tmp_path)
+    assert r.code == 0 and 'Note: 5 files that are no images, or of no kind that is read, were passed over: 2 .heic, 1 .txt, 1 without a suffix, 1 .raw.' in r.err and 'pip install pillow-heif' in r.err
