@@ -786,7 +786,7 @@ class ClassMeans(LeafHead):
     ):
         super().__init__(in_features, taxonomy)
         if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
-        self.distance, self.momentum, self.seen = distance, momentum, []
+        self.distance, self.momentum, self._awaited = distance, momentum, []
         self.register_buffer('weight', torch.zeros(taxonomy.n_leaves, dim))
         self.register_buffer('count', torch.zeros(taxonomy.n_leaves))
         self.register_buffer('scale', torch.tensor(16. if distance == 'cosine' else 8.))
@@ -801,9 +801,9 @@ def follow(self:ClassMeans,
     targets:Tensor, # (B,) node ids
 )->None:
     "Move the means of the classes in a batch towards it, once all its parts are there; the first time, all the way"
-    self.seen.append((x, targets))
-    if len(self.seen) < self.parts: return
-    x, targets = map(torch.cat, zip(*self.seen)); self.seen.clear()
+    self._awaited.append((x, targets))
+    if len(self._awaited) < self.parts: return
+    x, targets = map(torch.cat, zip(*self._awaited)); self._awaited.clear()
     mean, n = class_means(x, self.on_tree(targets), self.tree)
     step = torch.where(self.count > 0, 1 - self.momentum, 1.)*(n > 0)
     self.weight.lerp_(mean.to(self.weight.dtype), step[:, None].to(self.weight.dtype)); self.count.add_(n)

@@ -644,10 +644,11 @@ def _read_files(cls:Predictor, folder:Path, taxonomy:Taxonomy|None, ranks:Any, b
         val = load((folder/'calibration.safetensors').read_bytes())
         learned = {k.removeprefix('detector.'): v for k, v in val.items() if k.startswith('detector.')}
         detector = Detector.restore(cfg['detector'] | {'learned': learned}, model.taxonomy)
-        out = cls(model, val['node_probs'], val['targets'], cfg['temperature'], detector, val['strange'], cfg['images'], ranks if ranks is not None else cfg['ranks'] and Ranks(cfg['ranks']['names'], np.array(cfg['ranks']['of'])), cfg['about'], backbone)
+        out = cls(model, val['node_probs'], val['targets'], cfg['temperature'], detector, val['strange'], cfg['images'], cfg['ranks'] and Ranks(cfg['ranks']['names'], np.array(cfg['ranks']['of'])), cfg['about'], backbone)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as e: raise HiermetricError(f"The predictor in {folder} is damaged ({e}); save it again.") from e
     if out.val_probs.shape[1:] != (len(model.taxonomy),) or out._hash(cfg['version']) != cfg['fingerprint']:
         raise HiermetricError(f"The calibration in {folder} does not belong to its weights and settings ({out._hash(cfg['version'])}, expected {cfg['fingerprint']}): files of different models are mixed. Copy the whole folder again, or train again.")
+    if ranks is not None: out.ranks = ranks if isinstance(ranks, Ranks) else Ranks.read(ranks, out.taxonomy)
     if gone := [o for some in model.taxonomy.contracted.values() for o in some]:
         warnings.warn(f"The tree of this model was contracted: {len(gone)} taxa that have a single child there ({', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}) are never an answer. Predictor.expand() puts them back.", stacklevel=7)
     return out

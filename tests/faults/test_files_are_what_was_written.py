@@ -121,3 +121,9 @@ def test_weights_that_are_one_tensor_are_saved(tmp_path):
     model.save(tmp_path/'it')   # safetensors refuses them
     from safetensors.torch import load_file
     kept = load_file(tmp_path/'it'/'model.safetensors'); assert torch.equal(kept['embedding.twin'], own)
+
+def test_every_head_comes_back_with_its_fingerprint(tmp_path):
+    from hiermetric.heads import HEADS
+    for head in HEADS:
+        p = Predictor.from_model(fit(TOY, head, epochs=1, embed_dim=8, device='cpu').model, TOY); p.save_pretrained(tmp_path/head)
+        q = Predictor.from_pretrained(tmp_path/head); assert q.fingerprint == p.fingerprint and torch.equal(q.look(X)[0], p.look(X)[0]), head
