@@ -114,3 +114,9 @@ def test_a_device_is_no_file():
     from hiermetric.core import atomic_path
     with pytest.raises(HiermetricError, match='device or a pipe'):
         with atomic_path(os.devnull) as tmp: tmp.touch()
+
+@pytest.mark.parametrize('kind', [*WHOLE, *BY_FILE])
+def test_a_tilde_is_the_home(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path/'home')); monkeypatch.chdir(tmp_path)
+    (WHOLE | {k: o[0] for k, o in BY_FILE.items()})[kind]('~/it')
+    assert os.listdir(tmp_path) == ['home'] and os.listdir(tmp_path/'home') == ['it']
