@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 import hiermetric.datasets as D
-from hiermetric.core import HiermetricError, data_dir
+from hiermetric.core import data_dir
 from hiermetric.datasets import load_dataset, split_counts, stratified_split
 from hiermetric.taxonomy import Taxonomy, TaxonomyWarning
+from toys import message, touch
 
 TREE = Taxonomy.from_paths({'bee': 'Animalia/Insecta', 'ant': 'Animalia/Insecta', 'gnat': 'Animalia/Insecta', 'cod': 'Animalia/Pisces', 'eel': 'Animalia/Pisces'})
 
@@ -23,14 +24,6 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv('HIERMETRIC_DATA', str(tmp_path/'data')); monkeypatch.setenv('HIERMETRIC_CACHE', str(tmp_path/'cache'))
     (tmp_path/'data').mkdir()
     return tmp_path
-
-def touch(folder, *files):
-    for o in files: (Path(folder)/o).parent.mkdir(parents=True, exist_ok=True); (Path(folder)/o).touch()
-    return Path(folder)
-
-def message(f, *args, **kw):
-    with pytest.raises(HiermetricError) as e: f(*args, **kw)
-    return str(e.value)
 
 # --- splits
 

@@ -1,13 +1,25 @@
-"Small image tables and a small backbone for the tests of images and features."
+"Small image tables, files and messages, and a small backbone for the tests of images and features."
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
+from hiermetric.core import HiermetricError
 from hiermetric.taxonomy import Taxonomy
 
 class Table(SimpleNamespace):
     def __len__(self): return len(self.samples)
+
+def touch(folder, *files):
+    "Empty files"
+    for o in files: (Path(folder)/o).parent.mkdir(parents=True, exist_ok=True); (Path(folder)/o).touch()
+    return Path(folder)
+
+def message(f, *args, **kw):
+    "What the error says"
+    with pytest.raises(HiermetricError) as e: f(*args, **kw)
+    return str(e.value)
 
 def toy_table(folder, n=48, size=40, name='toy', fill='white'):
     "Pictures of noise in two classes; the same for the same arguments"

@@ -3,18 +3,9 @@ import os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from hiermetric.core import HiermetricError
 from hiermetric.datasets import IMAGE_TYPES, find_images, folder_dataset, load_dataset
 from hiermetric.features import extract
-from toys import toy_backbone
-
-def touch(folder, *files):
-    for o in files: (Path(folder)/o).parent.mkdir(parents=True, exist_ok=True); (Path(folder)/o).touch()
-    return Path(folder)
-
-def message(f, *args, **kw):
-    with pytest.raises(HiermetricError) as e: f(*args, **kw)
-    return str(e.value)
+from toys import message, touch, toy_backbone
 
 def test_what_is_not_taken_is_named_with_what_helps(tmp_path):
     d = touch(tmp_path/'d', 'bee/1.jpg', 'bee/2.jfif', 'bee/3.JP2', 'bee/4.nef', 'bee/5', 'ant/1.PNG', 'ant/.6.png', 'ant/._7.png', 'ant/notes.txt', '.DS_Store', 'loose.bmp')
