@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #cec5167d
 from __future__ import annotations
-import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, os, platform, re, secrets, shutil, tarfile, tempfile, threading, time, urllib.error, urllib.request, zipfile, zlib
+import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, os, platform, re, secrets, shutil, stat, tarfile, tempfile, threading, time, urllib.error, urllib.request, zipfile, zlib
 from contextlib import contextmanager, suppress
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,6 +119,12 @@ def sweep(
     "`settle` for everything that was left half done in a folder"
     for p, m in _leftovers(Path(folder)): settle(p.with_name(m['name']))
 
+def _sort(path:Path)->str:
+    "What stands at a place, at one moment"
+    try: mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError): return ''
+    return 'file' if stat.S_ISREG(mode) else 'folder' if stat.S_ISDIR(mode) else 'device'
+
 @contextmanager
 def atomic_path(
     path:str|Path, # where the file (or folder) shall be in the end
@@ -126,13 +132,14 @@ def atomic_path(
 )->Iterator[Path]: # where to write it
     "Write beside, then move into place: readers see the old file or the new one, never a part"
     path = settle(path); path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (path.is_file() or path.is_dir()): raise HiermetricError(f"{path} is neither a file nor a folder but a device or a pipe, which cannot be replaced; choose another name.")
+    if _sort(path) == 'device': raise HiermetricError(f"{path} is neither a file nor a folder but a device or a pipe, which cannot be replaced; choose another name.")
     stays = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
     tmp = _beside(path/path.name if stays else path, 'part')
     try:
         yield tmp
-        if path.exists() and tmp.is_dir() != path.is_dir(): raise HiermetricError(f"{path} is a {'folder' if path.is_dir() else 'file'}, and a {'folder' if tmp.is_dir() else 'file'} would be written there; choose another name, or move it away.")
-        _place(tmp, path, ours) if tmp.is_dir() else os.replace(tmp, path)
+        there, here = _sort(path), _sort(tmp)
+        if there not in ('', here): raise HiermetricError(f"{path} is a {there}, and a {here} would be written there; choose another name, or move it away.")
+        _place(tmp, path, ours) if here == 'folder' else os.replace(tmp, path)
     finally: _drop(tmp)
 
 # %% ../nbs/00_core.ipynb #32ff2f70
@@ -199,11 +206,19 @@ class FolderKind:
     )->Iterator[Path]: # an empty folder to write into
         "A new folder in the place of an old one, as a whole or not at all; raises `HiermetricError` for a place that holds anything else"
         folder = settle(_not_here(folder))
-        if folder.is_dir() and os.listdir(folder) and not all((folder/o).exists() for o in self.marks):
+        if self._foreign(folder):
             raise HiermetricError(f"{folder} exists and holds no {self.what}; it would be replaced, with all that is in it. Choose another folder, or move it away.")
         with atomic_path(folder, self.ours) as tmp:
             tmp.mkdir(); yield tmp
             self.seal(tmp)
+
+    def _foreign(self, folder:Path)->bool:
+        "Whether a folder holds anything else; looked at again where somebody has replaced it meanwhile"
+        while True:
+            before = self._mark(folder)
+            try: out = bool(os.listdir(folder)) and not all((folder/o).exists() for o in self.marks)
+            except (FileNotFoundError, NotADirectoryError): return False
+            if not out or self._mark(folder) == before: return out
 
     def seal(self, folder:Path)->None:
         "Write the checksums"
@@ -216,6 +231,7 @@ class FolderKind:
         check:bool=True, # compare it with its checksums
     )->Any: # what `load` gives
         "What is in a folder of the kind, whole and as it was written; raises `HiermetricError` that names the file that is not"
+        absent = 0
         while True:
             path = self._settled(folder); before = self._mark(path)
             try:
@@ -226,7 +242,9 @@ class FolderKind:
                 out = load(path)
                 if self._mark(path) == before: return out
             except Exception:
-                if self._mark(path) == before: raise   # else somebody has replaced the folder while it was read
+                if self._mark(path) != before: continue   # somebody has replaced the folder while it was read
+                if before or absent == 5: raise
+                absent += 1; time.sleep(.01)   # not there: between an old one and a new one, perhaps
 
     def _settled(self, folder:str|Path)->Path:
         "The place, after whoever replaces it at this moment"
@@ -237,7 +255,10 @@ class FolderKind:
 
     def _mark(self, path:Path)->list[tuple[int,int]]:
         "Another one for another folder at the same place"
-        return [(s.st_ino, s.st_mtime_ns) for o in (path, path/_SUMS) if o.exists() and (s := o.stat())]
+        out = []
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for o in (path, path/_SUMS): s = o.stat(); out.append((s.st_ino, s.st_mtime_ns))
+        return out
 
     def _compare(self, path:Path)->None:
         try: lines = [re.fullmatch(r'([0-9a-f]{64})  (.+)', o) for o in (path/_SUMS).read_text(encoding='utf-8').splitlines()]

@@ -148,18 +148,18 @@ def test_a_reader_that_may_not_write_reads_all_the_same(tmp_path, monkeypatch):
     assert len(Index.load(tmp_path/'it')) == 30
 
 def test_two_writers_of_one_folder_and_a_reader(tmp_path):
-    index(0).save(tmp_path/'it'); pids = []
+    index(0).save(tmp_path/'it'); pids, over = [], tmp_path/'over'
+    known = {tuple(index(i).targets) for i in range(3)}
     for seed in (1, 2):
         if (pid := os.fork()) == 0:
             try:
-                for _ in range(25): index(seed).save(tmp_path/'it')
+                while not over.exists(): index(seed).save(tmp_path/'it')
             except BaseException: os._exit(1)
             os._exit(0)
         pids.append(pid)
-    known, seen, ended = {tuple(index(i).targets) for i in range(3)}, 0, []
-    while len(ended) < 2:
-        assert tuple(Index.load(tmp_path/'it').targets) in known; seen += 1   # `check` tells a mixture
-        for o in set(pids) - set(ended):
-            done, status = os.waitpid(o, os.WNOHANG)
-            if done: ended.append(o); assert os.WEXITSTATUS(status) == 0
-    assert seen > 20 and os.listdir(tmp_path) == ['it']
+    try:
+        for _ in range(50): assert tuple(Index.load(tmp_path/'it').targets) in known   # `check` tells a mixture
+    finally:
+        over.touch()
+        ended = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert ended == [0, 0] and sorted(os.listdir(tmp_path)) == ['it', 'over']
