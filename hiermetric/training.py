@@ -6,7 +6,7 @@
 from __future__ import annotations
 import copy, ctypes, inspect, json, math, os, platform, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -1015,7 +1015,8 @@ def fit(
     identity = _identity(data, cfg)
     if out and resume and (out/'run.json').exists():
         run = load_run(out, data.taxonomy, identity)
-        if acc.is_main_process and (out/'checkpoint.pt').exists(): (out/'checkpoint.pt').unlink()   # killed before it did so itself
+        if acc.is_main_process:   # what it had no time to take away, if it was killed; whoever else is at it does so, and a folder that we may only read stays
+            with suppress(HiermetricError, OSError), workplace(out, RUN_MARKS, RUN_FILES): (out/'checkpoint.pt').unlink(missing_ok=True)
         return run
     with workplace(out, RUN_MARKS, RUN_FILES) if out and acc.is_main_process else nullcontext():
         model = _build(data, cfg, channels_last is not False)
