@@ -19,139 +19,166 @@ __all__ = ['TAILS', 'unit', 'sine', 'add_margin', 'combined_margin', 'CosineHead
 
 # %% ../nbs/06_aam.ipynb #dddf7975
 def unit(
-    x:Tensor, # (…, D)
-    eps:float=1e-6, # shorter vectors have no direction
-)->Tensor: # (…, D) length 1, or 0 where there is no direction
+    x: Tensor,  # (…, D)
+    eps: float = 1e-6,  # shorter vectors have no direction
+) -> Tensor:  # (…, D) length 1, or 0 where there is no direction
     "Rows scaled to length 1; a row without direction stays 0 and gets gradient 0, one with NaN stays NaN"
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm <= eps, 0., x/norm.clamp_min(eps))
+    return torch.where(norm <= eps, 0.0, x / norm.clamp_min(eps))
 
 # %% ../nbs/06_aam.ipynb #9c3c3a66
 def sine(
-    cos:Tensor, # (…) cosines, possibly a rounding error beyond ±1
-)->Tensor: # (…) never 0, so that its slope is finite
+    cos: Tensor,  # (…) cosines, possibly a rounding error beyond ±1
+) -> Tensor:  # (…) never 0, so that its slope is finite
     "Sine of an angle in [0, π], given its cosine"
-    return (1 - cos*cos).clamp_min(torch.finfo(cos.dtype).eps).sqrt()
+    return (1 - cos * cos).clamp_min(torch.finfo(cos.dtype).eps).sqrt()
 
 # %% ../nbs/06_aam.ipynb #2f0ebcc2
 TAILS = ('smooth', 'jump')
 
+
 def add_margin(
-    cos:Tensor, # (…) cos θ
-    m:float, # margin, radians, in [0, π)
-    tail:str='smooth', # past θ = π − m: 'smooth' unrolls the cosine, 'jump' is the published cos θ − m·sin m
-)->Tensor: # (…) cos(θ + m), decreasing in θ on all of [0, π]
+    cos: Tensor,  # (…) cos θ
+    m: float,  # margin, radians, in [0, π)
+    tail: str = 'smooth',  # past θ = π − m: 'smooth' unrolls the cosine, 'jump' is the published cos θ − m·sin m
+) -> Tensor:  # (…) cos(θ + m), decreasing in θ on all of [0, π]
     "Cosine after the angle has grown by `m`, without ever computing the angle"
-    shifted = cos*math.cos(m) - sine(cos)*math.sin(m)
-    past = -shifted - 2 if tail == 'smooth' else cos - m*math.sin(m)
+    shifted = cos * math.cos(m) - sine(cos) * math.sin(m)
+    past = -shifted - 2 if tail == 'smooth' else cos - m * math.sin(m)
     return torch.where(cos > -math.cos(m), shifted, past)
 
 # %% ../nbs/06_aam.ipynb #ecb4b50f
 def combined_margin(
-    cos:Tensor, # (…) cos θ
-    m1:float=1., # factor on the angle, at least 1
-    m2:float=0., # added to the angle, radians, in [0, π)
-    m3:float=0., # taken from the cosine, at least 0
-)->Tensor: # (…) cos(m1·θ + m2) − m3, unrolled so that it decreases on all of [0, π]
+    cos: Tensor,  # (…) cos θ
+    m1: float = 1.0,  # factor on the angle, at least 1
+    m2: float = 0.0,  # added to the angle, radians, in [0, π)
+    m3: float = 0.0,  # taken from the cosine, at least 0
+) -> Tensor:  # (…) cos(m1·θ + m2) − m3, unrolled so that it decreases on all of [0, π]
     "The multiplicative, the angular and the cosine margin together"
-    if m1 == 1: return add_margin(cos, m2) - m3
-    phi = m1*torch.atan2(sine(cos), cos) + m2
-    k = (phi.detach()/math.pi).floor()
-    return (1 - 2*(k % 2))*phi.cos() - 2*k - m3
+    if m1 == 1:
+        return add_margin(cos, m2) - m3
+    phi = m1 * torch.atan2(sine(cos), cos) + m2
+    k = (phi.detach() / math.pi).floor()
+    return (1 - 2 * (k % 2)) * phi.cos() - 2 * k - m3
 
 # %% ../nbs/06_aam.ipynb #3a217ae4
 class CosineHead(LeafHead):
     "Leaf logits s·cos θ; a subclass defines `margin(cos)`, which training applies to the leaves under the label"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        s:float, # scale
-        init:str, # rule that fills `weight`
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        s: float,  # scale
+        init: str,  # rule that fills `weight`
+        class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, class_weights)
-        if not 0 < s < math.inf: raise HiermetricError(f"The scale s must be a positive number, not {s}; 16 to 64 is usual.")
+        if not 0 < s < math.inf:
+            raise HiermetricError(f"The scale s must be a positive number, not {s}; 16 to 64 is usual.")
         self.s, self.init, self.weight = float(s), init, prototypes(taxonomy.n_leaves, in_features, init)
 
-    def margin(self, cos:Tensor)->Tensor: raise NotImplementedError
+    def margin(self, cos: Tensor) -> Tensor:
+        raise NotImplementedError
 
-    def cosines(self,
-        emb:Tensor, # (B, D)
-    )->Tensor: # (B, L)
+    def cosines(
+        self,
+        emb: Tensor,  # (B, D)
+    ) -> Tensor:  # (B, L)
         "Cosine of every embedding with every class"
         return F.linear(unit(emb), unit(self.full(self.weight)))
 
-    def logits(self, emb:Tensor)->Tensor: return self.s*self.cosines(emb)
+    def logits(self, emb: Tensor) -> Tensor:
+        return self.s * self.cosines(emb)
 
-    def train_logits(self, emb:Tensor, column:Tensor, under:Tensor|None)->Tensor:
+    def train_logits(self, emb: Tensor, column: Tensor, under: Tensor | None) -> Tensor:
         cos = self.cosines(emb)
-        if under is not None: return self.s*torch.where(under, self.margin(cos), cos)
+        if under is not None:
+            return self.s * torch.where(under, self.margin(cos), cos)
         y = column[:, None]
-        return self.s*cos.scatter(1, y, self.margin(cos.gather(1, y)))
+        return self.s * cos.scatter(1, y, self.margin(cos.gather(1, y)))
 
 # %% ../nbs/06_aam.ipynb #480b6c8a
 class ArcFace(CosineHead):
     "Additive angular margin [@deng2019arcface]: s·cos(θ + m) for the true class in training, s·cos θ otherwise"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        s:float=16., # scale
-        m:float=0.2, # margin, radians, in [0, π)
-        tail:str='smooth', # logit past θ = π − m: 'smooth' (continuous) or 'jump' (as published)
-        init:str='xavier_uniform', # rule that fills `weight`
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        s: float = 16.0,  # scale
+        m: float = 0.2,  # margin, radians, in [0, π)
+        tail: str = 'smooth',  # logit past θ = π − m: 'smooth' (continuous) or 'jump' (as published)
+        init: str = 'xavier_uniform',  # rule that fills `weight`
+        class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, init, class_weights)
-        if not 0 <= m < math.pi: raise HiermetricError(f"The margin m must be an angle in [0, π) radians, not {m}; 0.1 to 0.5 is usual." + (' That looks like degrees.' if m > math.pi else ''))
+        if not 0 <= m < math.pi:
+            raise HiermetricError(
+                f"The margin m must be an angle in [0, π) radians, not {m}; 0.1 to 0.5 is usual."
+                + (' That looks like degrees.' if m > math.pi else '')
+            )
         self.m, self.tail = float(m), choice('tail', tail, TAILS)
 
-    def margin(self, cos:Tensor)->Tensor: return add_margin(cos, self.m, self.tail)
+    def margin(self, cos: Tensor) -> Tensor:
+        return add_margin(cos, self.m, self.tail)
 
 # %% ../nbs/06_aam.ipynb #92128387
 class SubCenterArcFace(ArcFace):
     "ArcFace with K prototypes a class, of which the nearest counts [@deng2020subcenter]"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        K:int=3, # prototypes a class
-        s:float=16., # scale
-        m:float=0.2, # margin, radians, in [0, π)
-        tail:str='smooth', # logit past θ = π − m: 'smooth' (continuous) or 'jump' (as published)
-        init:str='xavier_uniform', # rule that fills `weight`
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
-    ):
-        if K < 1: raise HiermetricError(f"A class needs at least one prototype, not K={K}.")
-        super().__init__(in_features, taxonomy, s, m, tail, init, class_weights)
-        self.K, self.weight = int(K), prototypes(taxonomy.n_leaves*K, in_features, init)
 
-    def cosines(self, emb:Tensor)->Tensor: return super().cosines(emb).unflatten(1, (-1, self.K)).amax(2)
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        K: int = 3,  # prototypes a class
+        s: float = 16.0,  # scale
+        m: float = 0.2,  # margin, radians, in [0, π)
+        tail: str = 'smooth',  # logit past θ = π − m: 'smooth' (continuous) or 'jump' (as published)
+        init: str = 'xavier_uniform',  # rule that fills `weight`
+        class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
+    ):
+        if K < 1:
+            raise HiermetricError(f"A class needs at least one prototype, not K={K}.")
+        super().__init__(in_features, taxonomy, s, m, tail, init, class_weights)
+        self.K, self.weight = int(K), prototypes(taxonomy.n_leaves * K, in_features, init)
+
+    def cosines(self, emb: Tensor) -> Tensor:
+        return super().cosines(emb).unflatten(1, (-1, self.K)).amax(2)
 
 # %% ../nbs/06_aam.ipynb #645b632f
 class CombinedMargin(CosineHead):
     "s·(cos(m1·θ + m2) − m3) for the true class in training; the defaults are Unicom's [@an2023unicom]"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        s:float=32., # scale
-        m1:float=1., # factor on the angle, at least 1
-        m2:float=0.3, # added to the angle, radians, in [0, π)
-        m3:float=0., # taken from the cosine, at least 0
-        init:str='xavier_uniform', # rule that fills `weight`
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        s: float = 32.0,  # scale
+        m1: float = 1.0,  # factor on the angle, at least 1
+        m2: float = 0.3,  # added to the angle, radians, in [0, π)
+        m3: float = 0.0,  # taken from the cosine, at least 0
+        init: str = 'xavier_uniform',  # rule that fills `weight`
+        class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, init, class_weights)
-        if not (1 <= m1 < math.inf and 0 <= m2 < math.pi and 0 <= m3 < math.inf): raise HiermetricError(f"Margins must satisfy m1 ≥ 1, 0 ≤ m2 < π (radians) and m3 ≥ 0; got m1={m1}, m2={m2}, m3={m3}.")
+        if not (1 <= m1 < math.inf and 0 <= m2 < math.pi and 0 <= m3 < math.inf):
+            raise HiermetricError(
+                f"Margins must satisfy m1 ≥ 1, 0 ≤ m2 < π (radians) and m3 ≥ 0; got m1={m1}, m2={m2}, m3={m3}."
+            )
         self.m1, self.m2, self.m3 = float(m1), float(m2), float(m3)
 
-    def margin(self, cos:Tensor)->Tensor: return combined_margin(cos, self.m1, self.m2, self.m3)
+    def margin(self, cos: Tensor) -> Tensor:
+        return combined_margin(cos, self.m1, self.m2, self.m3)
+
 
 def cosface(
-    in_features:int, # D
-    taxonomy:Taxonomy, # L leaves, N nodes
-    s:float=16., # scale
-    m:float=0.2, # margin on the cosine
-    init:str='xavier_uniform', # rule that fills `weight`
-    class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
-)->CombinedMargin: # with margins (1, 0, m)
+    in_features: int,  # D
+    taxonomy: Taxonomy,  # L leaves, N nodes
+    s: float = 16.0,  # scale
+    m: float = 0.2,  # margin on the cosine
+    init: str = 'xavier_uniform',  # rule that fills `weight`
+    class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
+) -> CombinedMargin:  # with margins (1, 0, m)
     "CosFace [@wang2018cosface]: s·(cos θ − m) for the true class in training"
-    return CombinedMargin(in_features, taxonomy, s=s, m1=1., m2=0., m3=m, init=init, class_weights=class_weights)
+    return CombinedMargin(in_features, taxonomy, s=s, m1=1.0, m2=0.0, m3=m, init=init, class_weights=class_weights)

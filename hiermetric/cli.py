@@ -20,186 +20,358 @@ from .core import HiermetricError
 __all__ = ['app', 'compare', 'features', 'train', 'evaluate', 'predict', 'show']
 
 # %% ../nbs/16_cli.ipynb #ecb9b069
-def _text(text:str, style:str='')->Text: return Text(text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace'), style=style)   # names of files need not be text
-def _say(text:str, style:str)->None: Console(stderr=True).print(_text(text, style), soft_wrap=True)
+def _text(text: str, style: str = '') -> Text:
+    return Text(
+        text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace'), style=style
+    )  # names of files need not be text
 
-_REMEDIES = {'ENOSPC': 'make room', 'EDQUOT': 'make room', 'EROFS': 'choose another place', 'EACCES': 'allow it or choose another place', 'EPERM': 'allow it or choose another place', 'ENAMETOOLONG': 'choose a shorter name',
-             'EEXIST': 'a file stands where a folder should be; choose another place', 'ENOTDIR': 'a file stands where a folder should be; choose another place', 'EISDIR': 'a folder stands where a file should be; choose another place', 'ENOENT': 'look at the spelling', 'EMFILE': 'close some programs'}
 
-def _system(e:Exception)->str:
+def _say(text: str, style: str) -> None:
+    Console(stderr=True).print(_text(text, style), soft_wrap=True)
+
+
+_REMEDIES = {
+    'ENOSPC': 'make room',
+    'EDQUOT': 'make room',
+    'EROFS': 'choose another place',
+    'EACCES': 'allow it or choose another place',
+    'EPERM': 'allow it or choose another place',
+    'ENAMETOOLONG': 'choose a shorter name',
+    'EEXIST': 'a file stands where a folder should be; choose another place',
+    'ENOTDIR': 'a file stands where a folder should be; choose another place',
+    'EISDIR': 'a folder stands where a file should be; choose another place',
+    'ENOENT': 'look at the spelling',
+    'EMFILE': 'close some programs',
+}
+
+
+def _system(e: Exception) -> str:
     "What the operating system, or the network, said no to"
-    what, where = getattr(e, 'strerror', None) or (str(e) or type(e).__name__).strip().splitlines()[0].rstrip('.'), f'{o}: ' if (o := getattr(e, 'filename', None)) is not None else ''
+    what = getattr(e, 'strerror', None) or (str(e) or type(e).__name__).strip().splitlines()[0].rstrip('.')
+    where = f'{o}: ' if (o := getattr(e, 'filename', None)) is not None else ''
     remedy = _REMEDIES.get(errno.errorcode.get(getattr(e, 'errno', None), ''))
     return f"{where}{what}{f'; {remedy}' if remedy else ''}."
 
-def _hidden(e:Exception)->OSError|None:
-    "The operating system's error in one of a library that is written in Rust"
-    code = re.search(r'os error (\d+)', str(e)) if type(e).__module__.split('.')[0] in ('safetensors', 'safetensors_rust') else None
-    return code and OSError(int(code[1]), os.strerror(int(code[1])), (re.findall(r'at path "(.+)"', str(e)) or [None])[0])
 
-def _readable()->None:
+def _hidden(e: Exception) -> OSError | None:
+    "The operating system's error in one of a library that is written in Rust"
+    code = (
+        re.search(r'os error (\d+)', str(e))
+        if type(e).__module__.split('.')[0] in ('safetensors', 'safetensors_rust')
+        else None
+    )
+    return code and OSError(
+        int(code[1]), os.strerror(int(code[1])), (re.findall(r'at path "(.+)"', str(e)) or [None])[0]
+    )
+
+
+def _readable() -> None:
     "Terminals that lack letters get them as escapes; what goes to a file or a pipe is UTF-8"
     for o in (sys.stdout, sys.stderr):
-        if hasattr(o, 'reconfigure'): o.reconfigure(**{} if o.isatty() else {'encoding': 'utf-8'}, errors='backslashreplace')
+        if hasattr(o, 'reconfigure'):
+            o.reconfigure(**{} if o.isatty() else {'encoding': 'utf-8'}, errors='backslashreplace')
+
 
 class _Group(TyperGroup):
     "Commands whose user mistakes end in one sentence on stderr and exit code 1"
-    def invoke(self, ctx:typer.Context)->Any:
+
+    def invoke(self, ctx: typer.Context) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', DeprecationWarning)   # for developers
+            warnings.simplefilter('ignore', DeprecationWarning)  # for developers
             said = set()
+
             def note(message, *_, **__):
-                if str(message) not in said: _say(f'Note: {message}', 'yellow')
+                if str(message) not in said:
+                    _say(f'Note: {message}', 'yellow')
                 said.add(str(message))
+
             warnings.showwarning = note
             _readable()
-            try: return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
             except (HiermetricError, OSError) as e:
-                if ctx.params.get('debug') or getattr(e, 'errno', None) == errno.EPIPE: raise   # nobody reads on: click ends quietly
+                if ctx.params.get('debug') or getattr(e, 'errno', None) == errno.EPIPE:
+                    raise  # nobody reads on: click ends quietly
                 _say(f'Error: {e if isinstance(e, HiermetricError) else _system(e)}', 'bold red')
                 raise typer.Exit(1) from e
             except Exception as e:
-                if ctx.params.get('debug') or type(e).__module__.split('.')[0] in ('builtins', 'click', 'typer', 'torch'): raise
+                if ctx.params.get('debug') or type(e).__module__.split('.')[0] in (
+                    'builtins',
+                    'click',
+                    'typer',
+                    'torch',
+                ):
+                    raise
                 from hiermetric.predictor import _of_network
-                if not (_hidden(e) or _of_network(e)): raise
-                _say(f"Error: {_system(_hidden(e)) if _hidden(e) else f'The network did not give what was asked for: {_system(e)}'}", 'bold red')
+
+                if not (_hidden(e) or _of_network(e)):
+                    raise
+                network = f'The network did not give what was asked for: {_system(e)}'
+                _say(f"Error: {_system(_hidden(e)) if _hidden(e) else network}", 'bold red')
                 raise typer.Exit(1) from e
             except KeyboardInterrupt as e:
-                _say('Stopped.' + (' The same command goes on from here.' if ctx.invoked_subcommand in ('compare', 'features', 'train', 'predict') else ''), 'yellow')
+                _say(
+                    'Stopped.'
+                    + (
+                        ' The same command goes on from here.'
+                        if ctx.invoked_subcommand in ('compare', 'features', 'train', 'predict')
+                        else ''
+                    ),
+                    'yellow',
+                )
                 raise typer.Exit(130) from e
 
 # %% ../nbs/16_cli.ipynb #7e2c4173
-app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode='rich',
+    pretty_exceptions_enable=False,
+    context_settings={'help_option_names': ['-h', '--help']},
+)
 _taxonomy = typer.Typer(no_args_is_help=True, help="Look at trees.")
 app.add_typer(_taxonomy, name='taxonomy')
 
 # %% ../nbs/16_cli.ipynb #cb72e962
-def _version(show:bool)->None:
+def _version(show: bool) -> None:
     if show:
         from hiermetric import __version__
+
         typer.echo(f'hiermetric {__version__}')
         raise typer.Exit()
 
+
 @app.callback()
 def _main(
-    version:Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help="Print the version and stop.")]=False,
-    debug:Annotated[bool, typer.Option('--debug', help="Show the traceback of a user's mistake too.")]=False,
-)->None:
+    version: Annotated[
+        bool, typer.Option('--version', callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option('--debug', help="Show the traceback of a user's mistake too.")] = False,
+) -> None:
     "Hierarchical metric learning on images: compare heads on a taxonomy, fairly."
 
 # %% ../nbs/16_cli.ipynb #7362670d
-_Data = Annotated[str, typer.Option('--data', '-d', help="synthetic-taxa, tiny-imagenet, planktonset, cifar-100, or a folder with one folder of images a class.")]
-_Tree = Annotated[str | None, typer.Option('--taxonomy', help="CSV with the columns class,lineage, or with a label and a column for each rank; a Newick file; a saved tree (needed for a folder unless its folders are nested).")]
-_Which = Annotated[int | None, typer.Option('--tree', min=1, help="Which tree of a Newick file with several; the first by default.")]
-_Contract = Annotated[bool, typer.Option('--contract', help="Take inner nodes with a single child out of the tree, which else stays as it is given.")]
-_Backbone = Annotated[str, typer.Option('--backbone', help="efficientnet_lite0, efficientnet_v2_s, resnet18, resnet50, or timm:NAME.")]
-_Size = Annotated[int | None, typer.Option('--size', min=16, help="Side of the square the images are brought to, in pixels; the backbone's own by default.")]
+_Data = Annotated[
+    str,
+    typer.Option(
+        '--data',
+        '-d',
+        help="synthetic-taxa, tiny-imagenet, planktonset, cifar-100, or a folder with one folder of images a class.",
+    ),
+]
+_Tree = Annotated[
+    str | None,
+    typer.Option(
+        '--taxonomy',
+        help="CSV with the columns class,lineage, or with a label and a column for each rank; a Newick file; a saved "
+        "tree (needed for a folder unless its folders are nested).",
+    ),
+]
+_Which = Annotated[
+    int | None, typer.Option('--tree', min=1, help="Which tree of a Newick file with several; the first by default.")
+]
+_Contract = Annotated[
+    bool,
+    typer.Option(
+        '--contract', help="Take inner nodes with a single child out of the tree, which else stays as it is given."
+    ),
+]
+_Backbone = Annotated[
+    str, typer.Option('--backbone', help="efficientnet_lite0, efficientnet_v2_s, resnet18, resnet50, or timm:NAME.")
+]
+_Size = Annotated[
+    int | None,
+    typer.Option(
+        '--size', min=16, help="Side of the square the images are brought to, in pixels; the backbone's own by default."
+    ),
+]
 _Skip = Annotated[bool, typer.Option('--skip-bad', help="List unreadable images and go on without them.")]
 _Out = Annotated[Path | None, typer.Option('--out', '-o', help="Folder for what comes out; runs/DATA by default.")]
-_Held = Annotated[str | None, typer.Option('--held-out', help="Classes that are never trained on: how many, or names with commas between them. They keep their place in the tree; their images are the split unseen.")]
+_Held = Annotated[
+    str | None,
+    typer.Option(
+        '--held-out',
+        help="Classes that are never trained on: how many, or names with commas between them. They keep their place "
+        "in the tree; their images are the split unseen.",
+    ),
+]
 _Device = Annotated[str | None, typer.Option('--device', help="cpu, cuda or mps; the best there is by default.")]
 
-_Ranks = Annotated[str | None, typer.Option('--ranks', help="What the levels of the tree are called, from the top down, with commas between them; or a CSV with one column a rank and taxa in its cells.")]
+_Ranks = Annotated[
+    str | None,
+    typer.Option(
+        '--ranks',
+        help="What the levels of the tree are called, from the top down, with commas between them; or a CSV with one "
+        "column a rank and taxa in its cells.",
+    ),
+]
 
-def _names(text:str)->list[str]: return [o.strip() for o in text.split(',') if o.strip()]
 
-def _features(data:str, taxonomy:str|None, tree:int|None, contract:bool, held_out:str|None, backbone:str, size:int|None, skip_bad:bool)->Features:
+def _names(text: str) -> list[str]:
+    return [o.strip() for o in text.split(',') if o.strip()]
+
+
+def _features(
+    data: str,
+    taxonomy: str | None,
+    tree: int | None,
+    contract: bool,
+    held_out: str | None,
+    backbone: str,
+    size: int | None,
+    skip_bad: bool,
+) -> Features:
     "Images by name or folder, their tree, their features; the last from the cache where they are"
     from hiermetric.datasets import load_dataset
     from hiermetric.features import extract
+
     table = load_dataset(data, taxonomy=taxonomy, tree=tree, contract=contract, held_out=_held(held_out))
     _note_data(table)
     f = extract(table, backbone, size=size, skip_bad=skip_bad, progress=True)
     _note_skipped(f)
     return f
 
-def _held(text:str|None)->int|list[str]: return int(text) if (text or '').strip().isdecimal() else _names(text or '')
 
-def _note_data(table:ImageTable)->None:
-    for o in table.notes: _say(f'Note: {o}', 'yellow')
+def _held(text: str | None) -> int | list[str]:
+    return int(text) if (text or '').strip().isdecimal() else _names(text or '')
 
-def _note_skipped(f:Features)->None:
-    if skipped := f.meta['skipped']: _say('\n'.join([f'Note: {len(skipped)} unreadable images were left out.', *skipped]), 'yellow')
 
-def _folder(out:Path|None, data:str, *more:str)->Path:
+def _note_data(table: ImageTable) -> None:
+    for o in table.notes:
+        _say(f'Note: {o}', 'yellow')
+
+
+def _note_skipped(f: Features) -> None:
+    if skipped := f.meta['skipped']:
+        _say('\n'.join([f'Note: {len(skipped)} unreadable images were left out.', *skipped]), 'yellow')
+
+
+def _folder(out: Path | None, data: str, *more: str) -> Path:
     "`--out`, or a place under runs/ that is named after the data"
     return out if out is not None else Path('runs', Path(data).name, *more)
 
 # %% ../nbs/16_cli.ipynb #c4a17071
-_Sep = Annotated[str | None, typer.Option('--sep', help="What parts the ranks of a lineage in a CSV; by default the one of / > ; | that the file uses. A name that holds a / wants another.")]
+_Sep = Annotated[
+    str | None,
+    typer.Option(
+        '--sep',
+        help="What parts the ranks of a lineage in a CSV; by default the one of / > ; | that the file uses. A name "
+        "that holds a / wants another.",
+    ),
+]
 
-def _tree(taxonomy:str|None, tree:int|None, sep:str|None)->tuple:
+
+def _tree(taxonomy: str | None, tree: int | None, sep: str | None) -> tuple:
     "`--taxonomy` and `--tree`, read already where `--sep` says how"
-    if sep is None: return taxonomy, tree
+    if sep is None:
+        return taxonomy, tree
     from hiermetric.datasets import read_taxonomy
-    if taxonomy is None: raise HiermetricError("--sep parts the lineages of a CSV, and no CSV is given; give one with --taxonomy.")
+
+    if taxonomy is None:
+        raise HiermetricError("--sep parts the lineages of a CSV, and no CSV is given; give one with --taxonomy.")
     return read_taxonomy(taxonomy, tree, sep), None
 
 # %% ../nbs/16_cli.ipynb #4fa556fd
-def _print_table(table:pd.DataFrame, title:str, caption:str|None=None)->None:
+def _print_table(table: pd.DataFrame, title: str, caption: str | None = None) -> None:
     "A table as wide as the terminal allows: the last columns stay in the report"
     from rich.table import Table
+
     console, rows = Console(), list(table.iterrows())
     width = lambda column: 3 + max(len(column), *(len(str(row[column])) for _, row in rows))
     keys = sum(3 + max(len(str(n)), *(len(str(k[i])) for k, _ in rows)) for i, n in enumerate(table.index.names))
-    columns = [c for i, c in enumerate(table.columns) if i < 1 or keys + sum(map(width, table.columns[:i+1])) <= console.width]
-    out, before = Table(title=title, caption=caption, title_justify='left', caption_justify='left', title_style='bold'), None
-    for name in table.index.names: out.add_column(str(name), no_wrap=True)
-    for c in columns: out.add_column(c, justify='right', no_wrap=True)
+    columns = [
+        c
+        for i, c in enumerate(table.columns)
+        if i < 1 or keys + sum(map(width, table.columns[: i + 1])) <= console.width
+    ]
+    out = Table(title=title, caption=caption, title_justify='left', caption_justify='left', title_style='bold')
+    before = None
+    for name in table.index.names:
+        out.add_column(str(name), no_wrap=True)
+    for c in columns:
+        out.add_column(c, justify='right', no_wrap=True)
     for key, row in rows:
-        if before not in (None, key[0]): out.add_section()
-        out.add_row('' if key[0] == before else f'[bold]{key[0]}[/]', *map(str, key[1:]), *(row[c].replace('▲', '[green]▲[/]').replace('▼', '[red]▼[/]') for c in columns))
+        if before not in (None, key[0]):
+            out.add_section()
+        out.add_row(
+            '' if key[0] == before else f'[bold]{key[0]}[/]',
+            *map(str, key[1:]),
+            *(row[c].replace('▲', '[green]▲[/]').replace('▼', '[red]▼[/]') for c in columns),
+        )
         before = key[0]
     console.print(out)
 
 # %% ../nbs/16_cli.ipynb #5dcf04e9
 @app.command()
 def compare(
-    data:_Data='synthetic-taxa',
-    taxonomy:_Tree=None,
-    tree:_Which=None,
-    sep:_Sep=None,
-    contract:_Contract=False,
-    held_out:_Held=None,
-    heads:Annotated[str, typer.Option(help="Names with commas between them; the first is the baseline.")]='classifier,arcface',
-    seeds:Annotated[int, typer.Option(min=1, help="Runs a head.")]=5,
-    rules:Annotated[str, typer.Option(help="Decision rules, with commas between them.")]='argmax,crm,hie',
-    backbone:_Backbone='efficientnet_lite0',
-    size:_Size=None,
-    epochs:Annotated[int | None, typer.Option(min=1, help="Passes over the training images, at the most.")]=None,
-    tune:Annotated[int, typer.Option(min=0, help="Tuning trials a head, judged on validation.")]=0,
-    yardstick:Annotated[bool, typer.Option(help="scikit-learn's LogisticRegression as one more head.")]=True,
-    device:_Device=None,
-    skip_bad:_Skip=False,
-    out:_Out=None,
-)->None:
+    data: _Data = 'synthetic-taxa',
+    taxonomy: _Tree = None,
+    tree: _Which = None,
+    sep: _Sep = None,
+    contract: _Contract = False,
+    held_out: _Held = None,
+    heads: Annotated[
+        str, typer.Option(help="Names with commas between them; the first is the baseline.")
+    ] = 'classifier,arcface',
+    seeds: Annotated[int, typer.Option(min=1, help="Runs a head.")] = 5,
+    rules: Annotated[str, typer.Option(help="Decision rules, with commas between them.")] = 'argmax,crm,hie',
+    backbone: _Backbone = 'efficientnet_lite0',
+    size: _Size = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images, at the most.")] = None,
+    tune: Annotated[int, typer.Option(min=0, help="Tuning trials a head, judged on validation.")] = 0,
+    yardstick: Annotated[bool, typer.Option(help="scikit-learn's LogisticRegression as one more head.")] = True,
+    device: _Device = None,
+    skip_bad: _Skip = False,
+    out: _Out = None,
+) -> None:
     """Train heads on the same features, judge them in the tree, write a report.
 
     A run that was stopped continues where it was. Example:
 
     [cyan]hiermetric compare --data planktonset --heads classifier,arcface,subcenter --seeds 5[/]
     """
-    features, where = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad), _folder(out, data)
+    features = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad)
+    where = _folder(out, data)
     from hiermetric.experiment import compare
-    report = compare(features, _names(heads), seeds, _names(rules), yardstick=yardstick, tune=tune, out=where, progress=True, device=device, **({'epochs': epochs} if epochs else {}))
+
+    report = compare(
+        features,
+        _names(heads),
+        seeds,
+        _names(rules),
+        yardstick=yardstick,
+        tune=tune,
+        out=where,
+        progress=True,
+        device=device,
+        **({'epochs': epochs} if epochs else {}),
+    )
     first = ['top-1 %', 'macro %', 'HD@1', 'severity', 'hF1 %', 'NLL']
-    _print_table(report.table[first + [o for o in report.table if o not in first]], report.info['data set'], f"± half the 95 % interval over seeds; ▲ better, ▼ worse than {report.runs['head'].iloc[0]} under the same rule")
-    Console().print(_text(f'{report.verdict()}\nReport: {where/"report.html"}'), soft_wrap=True)
+    _print_table(
+        report.table[first + [o for o in report.table if o not in first]],
+        report.info['data set'],
+        f"± half the 95 % interval over seeds; ▲ better, ▼ worse than {report.runs['head'].iloc[0]} under the "
+        "same rule",
+    )
+    Console().print(_text(f'{report.verdict()}\nReport: {where / "report.html"}'), soft_wrap=True)
 
 # %% ../nbs/16_cli.ipynb #e3bb594a
 @app.command()
 def features(
-    data:_Data='synthetic-taxa',
-    taxonomy:_Tree=None,
-    tree:_Which=None,
-    sep:_Sep=None,
-    contract:_Contract=False,
-    held_out:_Held=None,
-    backbone:_Backbone='efficientnet_lite0',
-    size:_Size=None,
-    skip_bad:_Skip=False,
-    out:Annotated[Path | None, typer.Option('--out', '-o', help="Save a copy in this folder; the cache keeps one anyway.")]=None,
-)->None:
+    data: _Data = 'synthetic-taxa',
+    taxonomy: _Tree = None,
+    tree: _Which = None,
+    sep: _Sep = None,
+    contract: _Contract = False,
+    held_out: _Held = None,
+    backbone: _Backbone = 'efficientnet_lite0',
+    size: _Size = None,
+    skip_bad: _Skip = False,
+    out: Annotated[
+        Path | None, typer.Option('--out', '-o', help="Save a copy in this folder; the cache keeps one anyway.")
+    ] = None,
+) -> None:
     """Extract frozen features once; a second time costs nothing.
 
     Example:
@@ -207,48 +379,89 @@ def features(
     [cyan]hiermetric features --data tiny-imagenet --backbone timm:resnet18.a1_in1k[/]
     """
     f = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad)
-    if out is not None: f.save(out)
+    if out is not None:
+        f.save(out)
     counts = ', '.join(f'{n:,} {s}' for s, n in Counter(f.split).items())
-    Console().print(_text(f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}' + (f'\nSaved: {out}' if out else '')), soft_wrap=True)
+    Console().print(
+        _text(
+            f'{len(f):,} images ({counts}), {f.x.shape[1]} features each, fingerprint {f.fingerprint}'
+            + (f'\nSaved: {out}' if out else '')
+        ),
+        soft_wrap=True,
+    )
 
 # %% ../nbs/16_cli.ipynb #e38b9b9c
-_KEYS = dict(data='data.name', taxonomy='data.taxonomy', tree='data.tree', sep='data.sep', contract='data.contract', held_out='data.held_out', head='head', seed='seed', epochs='epochs', lr='lr', backbone='backbone', size='image_size', log='log')   # option → setting
+_KEYS = dict(
+    data='data.name',
+    taxonomy='data.taxonomy',
+    tree='data.tree',
+    sep='data.sep',
+    contract='data.contract',
+    held_out='data.held_out',
+    head='head',
+    seed='seed',
+    epochs='epochs',
+    lr='lr',
+    backbone='backbone',
+    size='image_size',
+    log='log',
+)  # option → setting
 
-def _config(ctx:typer.Context, config:Path|None, settings:list[str])->TrainConfig:
+
+def _config(ctx: typer.Context, config: Path | None, settings: list[str]) -> TrainConfig:
     "File, then options, then KEY=VALUE"
     from hiermetric.config import TrainConfig
-    typed = {k: v for k, v in ctx.params.items() if k in _KEYS and v is not None and (config is None or ctx.get_parameter_source(k).name == 'COMMANDLINE')}
+
+    typed = {
+        k: v
+        for k, v in ctx.params.items()
+        if k in _KEYS and v is not None and (config is None or ctx.get_parameter_source(k).name == 'COMMANDLINE')
+    }
     turn = dict(held_out=_held, log=_names)
     return TrainConfig.load(config, [(_KEYS[k], turn.get(k, lambda o: o)(v)) for k, v in typed.items()] + settings)
 
 # %% ../nbs/16_cli.ipynb #fe324b4e
 @app.command()
 def train(
-    ctx:typer.Context,
-    settings:Annotated[list[str] | None, typer.Argument(metavar='[KEY=VALUE]...', help="Any setting of a run: lr=0.001 head_kw.s=30 data.val=0.2.")]=None,
-    config:Annotated[Path | None, typer.Option('--config', '-c', help="YAML file with the run's settings; options and KEY=VALUE change them.")]=None,
-    data:_Data='synthetic-taxa',
-    taxonomy:_Tree=None,
-    tree:_Which=None,
-    sep:_Sep=None,
-    contract:_Contract=False,
-    held_out:_Held=None,
-    head:Annotated[str, typer.Option(help="A name of list_heads().")]='arcface',
-    seed:Annotated[int, typer.Option(help="Of the weights, the order of the images, and dropout.")]=0,
-    epochs:Annotated[int | None, typer.Option(min=1, help="Passes over the training images, at the most.")]=None,
-    lr:Annotated[float | None, typer.Option(help="Highest learning rate.")]=None,
-    backbone:_Backbone='efficientnet_lite0',
-    size:_Size=None,
-    device:_Device=None,
-    workers:Annotated[int | None, typer.Option(min=0, help="Processes that read images; none on a CPU by default.")]=None,
-    compile:Annotated[bool, typer.Option('--compile', help="Compile the backbone, where images are trained on.")]=False,
-    log:Annotated[str, typer.Option(help="csv, json, console, wandb, tensorboard, with commas between them.")]='csv,json',
-    fresh:Annotated[bool, typer.Option('--fresh', help="Start over even if the folder holds a run.")]=False,
-    ranks:_Ranks=None,
-    detector:Annotated[str, typer.Option(help="What shall flag novel images in predict; a name of list_detectors().")]='softmax',
-    skip_bad:_Skip=False,
-    out:_Out=None,
-)->None:
+    ctx: typer.Context,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar='[KEY=VALUE]...', help="Any setting of a run: lr=0.001 head_kw.s=30 data.val=0.2."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option('--config', '-c', help="YAML file with the run's settings; options and KEY=VALUE change them."),
+    ] = None,
+    data: _Data = 'synthetic-taxa',
+    taxonomy: _Tree = None,
+    tree: _Which = None,
+    sep: _Sep = None,
+    contract: _Contract = False,
+    held_out: _Held = None,
+    head: Annotated[str, typer.Option(help="A name of list_heads().")] = 'arcface',
+    seed: Annotated[int, typer.Option(help="Of the weights, the order of the images, and dropout.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images, at the most.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    backbone: _Backbone = 'efficientnet_lite0',
+    size: _Size = None,
+    device: _Device = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read images; none on a CPU by default.")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option('--compile', help="Compile the backbone, where images are trained on.")
+    ] = False,
+    log: Annotated[
+        str, typer.Option(help="csv, json, console, wandb, tensorboard, with commas between them.")
+    ] = 'csv,json',
+    fresh: Annotated[bool, typer.Option('--fresh', help="Start over even if the folder holds a run.")] = False,
+    ranks: _Ranks = None,
+    detector: Annotated[
+        str, typer.Option(help="What shall flag novel images in predict; a name of list_detectors().")
+    ] = 'softmax',
+    skip_bad: _Skip = False,
+    out: _Out = None,
+) -> None:
     """Train one model and keep it; a run that was stopped continues.
 
     Examples:
@@ -262,32 +475,44 @@ def train(
     table = cfg.data.load()
     _note_data(table)
     inputs = cfg.inputs(skip_bad, progress=True, table=table)
-    if not cfg.images: _note_skipped(inputs)
+    if not cfg.images:
+        _note_skipped(inputs)
     run = cfg.train(where, inputs, resume=not fresh, device=device, workers=workers, compile=compile, progress=True)
-    best = f"epoch {run.best_epoch + 1} of {len(run.history)}, validation top-1 {run.best['val_top1']:.1%}, NLL {run.best['val_nll']:.3f}"
+    best = (
+        f"epoch {run.best_epoch + 1} of {len(run.history)}, validation top-1 {run.best['val_top1']:.1%}, NLL "
+        f"{run.best['val_nll']:.3f}"
+    )
     from hiermetric.features import extract
     from hiermetric.predictor import Predictor
-    seen = extract(inputs, run.model.backbone, skip_bad=skip_bad, progress=True) if cfg.images else inputs   # a trained backbone has features of its own
-    Predictor.from_model(run.model, seen, ranks, detector).save_pretrained(where/'model', model_card_kwargs={'repo_id': str(where)})
-    Console().print(_text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'), soft_wrap=True)
+
+    seen = (
+        extract(inputs, run.model.backbone, skip_bad=skip_bad, progress=True) if cfg.images else inputs
+    )  # a trained backbone has features of its own
+    Predictor.from_model(run.model, seen, ranks, detector).save_pretrained(
+        where / 'model', model_card_kwargs={'repo_id': str(where)}
+    )
+    Console().print(
+        _text(f'{best}, {run.seconds:.0f} s\nRun: {where}\nNext: hiermetric predict IMAGES --model {where}'),
+        soft_wrap=True,
+    )
 
 # %% ../nbs/16_cli.ipynb #f6daff36
 @app.command()
 def evaluate(
-    run:Annotated[Path, typer.Argument(help="Folder that `hiermetric train` wrote.")],
-    data:_Data='synthetic-taxa',
-    taxonomy:_Tree=None,
-    tree:_Which=None,
-    sep:_Sep=None,
-    contract:_Contract=False,
-    held_out:_Held=None,
-    split:Annotated[str, typer.Option(help="train, val, test, or unseen where classes are held out.")]='test',
-    rules:Annotated[str, typer.Option(help="Decision rules, with commas between them.")]='argmax,crm,hie',
-    backbone:_Backbone='efficientnet_lite0',
-    size:_Size=None,
-    skip_bad:_Skip=False,
-    out:Annotated[Path | None, typer.Option('--out', '-o', help="Write the figures to this CSV.")]=None,
-)->None:
+    run: Annotated[Path, typer.Argument(help="Folder that `hiermetric train` wrote.")],
+    data: _Data = 'synthetic-taxa',
+    taxonomy: _Tree = None,
+    tree: _Which = None,
+    sep: _Sep = None,
+    contract: _Contract = False,
+    held_out: _Held = None,
+    split: Annotated[str, typer.Option(help="train, val, test, or unseen where classes are held out.")] = 'test',
+    rules: Annotated[str, typer.Option(help="Decision rules, with commas between them.")] = 'argmax,crm,hie',
+    backbone: _Backbone = 'efficientnet_lite0',
+    size: _Size = None,
+    skip_bad: _Skip = False,
+    out: Annotated[Path | None, typer.Option('--out', '-o', help="Write the figures to this CSV.")] = None,
+) -> None:
     """Judge a trained model: calibrated on validation, every metric, every rule.
 
     Example:
@@ -300,91 +525,202 @@ def evaluate(
     from hiermetric.core import atomic_path
     from hiermetric.experiment import judge
     from hiermetric.training import load_run, predict, split_tensors
+
     model = load_run(run, f.taxonomy).model
     val, judged = ((predict(model, x), t.numpy()) for x, t in (split_tensors(f, s) for s in ('val', split)))
-    table = pd.DataFrame({rule: v.metrics for rule, v in judge(val, judged, f.taxonomy, _names(rules)).items()}).T.rename_axis('rule')
+    table = pd.DataFrame(
+        {rule: v.metrics for rule, v in judge(val, judged, f.taxonomy, _names(rules)).items()}
+    ).T.rename_axis('rule')
     if out is not None:
-        with atomic_path(out) as tmp: table.to_csv(tmp)
+        with atomic_path(out) as tmp:
+            table.to_csv(tmp)
     _print_table(table.map('{:.4f}'.format), f'{run} on the split {split!r}')
 
 # %% ../nbs/16_cli.ipynb #e3cd98d2
-def _tell(said:Counter, question:Question, novel:int, skipped:int, out:Path|None)->None:
+def _tell(said: Counter, question: Question, novel: int, skipped: int, out: Path | None) -> None:
     "How specific the answers were"
     tax, n = question.scope.tax, sum(said.values())
     full = sum(k for path, k in said.items() if path and not tax.heights[question.node(path)])
-    text = f"{n:,} images: {full/n:.1%} as specific as asked, {1 - (full + said[''])/n:.1%} above that, {said['']/n:.1%} without an answer; {novel/n:.1%} flagged as novel" if n else 'No new image.'
-    _say(text + (f'\n{skipped:,} unreadable images were left out.' if skipped else '') + (f'\nAnswers: {out}' if out else ''), 'bold')
+    text = (
+        f"{n:,} images: {full / n:.1%} as specific as asked, {1 - (full + said['']) / n:.1%} above that, "
+        f"{said[''] / n:.1%} without an answer; {novel / n:.1%} flagged as novel"
+        if n
+        else 'No new image.'
+    )
+    _say(
+        text
+        + (f'\n{skipped:,} unreadable images were left out.' if skipped else '')
+        + (f'\nAnswers: {out}' if out else ''),
+        'bold',
+    )
 
 # %% ../nbs/16_cli.ipynb #0e06a78a
 @app.command()
 def predict(
-    images:Annotated[list[str], typer.Argument(help="Images, or folders with images.")],
-    model:Annotated[str, typer.Option('--model', '-m', help="Folder that `hiermetric train` wrote, or a model on the Hugging Face hub: USER/NAME.")],
-    confidence:Annotated[float, typer.Option('--confidence', '-c', help="Wanted probability that an answer is right.")]=.95,
-    rule:Annotated[str, typer.Option(help="How to decide; a name of list_rules().")]='guarantee',
-    at:Annotated[str, typer.Option(help="To whom the rule guarantee keeps its promise: all images, those of every rank, or those of every clade below the root.")]='all',
-    rank:Annotated[str | None, typer.Option(help="Answer no more specifically than this: a level (1 is right below the root), or a rank that the model's tree or --ranks names.")]=None,
-    ranks:_Ranks=None,
-    within:Annotated[str | None, typer.Option(help="Only these are possible: taxa with commas between them, or a file with a taxon a line.")]=None,
-    candidates:Annotated[int, typer.Option(min=0, help="The next more specific taxa to name.")]=3,
-    novel:Annotated[float, typer.Option(help="Share of known images that may be flagged as novel; 0 flags none.")]=.05,
-    format:Annotated[str, typer.Option('--format', '-f', help="csv, json, ecotaxa (its import takes files named ecotaxa_….tsv) or dwc (Darwin Core).")]='csv',
-    out:Annotated[Path | None, typer.Option('--out', '-o', help="Write to this file; images that have their answer there are passed over.")]=None,
-    skip_bad:_Skip=False,
-)->None:
+    images: Annotated[list[str], typer.Argument(help="Images, or folders with images.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            '--model', '-m', help="Folder that `hiermetric train` wrote, or a model on the Hugging Face hub: USER/NAME."
+        ),
+    ],
+    confidence: Annotated[
+        float, typer.Option('--confidence', '-c', help="Wanted probability that an answer is right.")
+    ] = 0.95,
+    rule: Annotated[str, typer.Option(help="How to decide; a name of list_rules().")] = 'guarantee',
+    at: Annotated[
+        str,
+        typer.Option(
+            help="To whom the rule guarantee keeps its promise: all images, those of every rank, or those of every "
+            "clade below the root."
+        ),
+    ] = 'all',
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer no more specifically than this: a level (1 is right below the root), or a rank that the "
+            "model's tree or --ranks names."
+        ),
+    ] = None,
+    ranks: _Ranks = None,
+    within: Annotated[
+        str | None,
+        typer.Option(help="Only these are possible: taxa with commas between them, or a file with a taxon a line."),
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=0, help="The next more specific taxa to name.")] = 3,
+    novel: Annotated[
+        float, typer.Option(help="Share of known images that may be flagged as novel; 0 flags none.")
+    ] = 0.05,
+    format: Annotated[
+        str,
+        typer.Option(
+            '--format',
+            '-f',
+            help="csv, json, ecotaxa (its import takes files named ecotaxa_….tsv) or dwc (Darwin Core).",
+        ),
+    ] = 'csv',
+    out: Annotated[
+        Path | None,
+        typer.Option('--out', '-o', help="Write to this file; images that have their answer there are passed over."),
+    ] = None,
+    skip_bad: _Skip = False,
+) -> None:
     """Name what is on images, as specifically as the confidence allows.
 
     A run that was stopped continues. Examples:
 
     [cyan]hiermetric predict photos/ --model runs/mine --confidence 0.95 --out answers.csv[/]
-    [cyan]hiermetric predict photos/ --model runs/mine --rank 2 --within Copepoda --format ecotaxa --out photos/ecotaxa_answers.tsv[/]
+    [cyan]hiermetric predict photos/ --model runs/mine --rank 2 --within Copepoda --format ecotaxa --out answers.tsv[/]
     """
     from hiermetric.core import alone
-    with alone(out) if out is not None else nullcontext(): _write_answers(images, model, confidence, rule, at, rank, ranks, within, candidates, novel, format, out, skip_bad)
 
-def _write_answers(images:list[str], model:str, confidence:float, rule:str, at:str, rank:str|None, ranks:str|None, within:str|None, candidates:int, novel:float, format:str, out:Path|None, skip_bad:bool)->None:
+    with alone(out) if out is not None else nullcontext():
+        _write_answers(
+            images, model, confidence, rule, at, rank, ranks, within, candidates, novel, format, out, skip_bad
+        )
+
+
+def _write_answers(
+    images: list[str],
+    model: str,
+    confidence: float,
+    rule: str,
+    at: str,
+    rank: str | None,
+    ranks: str | None,
+    within: str | None,
+    candidates: int,
+    novel: float,
+    format: str,
+    out: Path | None,
+    skip_bad: bool,
+) -> None:
     from hiermetric.predictor import FORMATS, AnswerFile, Predictor, all_images, passed_over
     from hiermetric import __version__
     from hiermetric.core import fingerprint
     from hiermetric.features import _bar
+
     others = Counter()
-    form, found, predictor = FORMATS[format](), all_images(images, others), Predictor.from_pretrained(model, ranks=ranks)
+    form = FORMATS[format]()
+    found = all_images(images, others)
+    predictor = Predictor.from_pretrained(model, ranks=ranks)
     listing = within is not None and os.path.isfile(within)
     listed = within if within is None or listing else _names(within)
-    question = predictor.ask(confidence, rule, rank=rank, within=listed, candidates=candidates, novel=novel, **({} if at == 'all' else {'at': at}))
+    question = predictor.ask(
+        confidence,
+        rule,
+        rank=rank,
+        within=listed,
+        candidates=candidates,
+        novel=novel,
+        **({} if at == 'all' else {'at': at}),
+    )
     name = f"hiermetric {__version__}, model {predictor.fingerprint}"
-    about = dict(model=name, confidence=confidence, rule=rule, at=at, rank=rank, ranks=ranks, within=f'{within} ({fingerprint(Path(within))})' if listing else within, candidates=candidates, novel=novel)
-    if format == 'ecotaxa' and out is not None and not fnmatch(out.name, 'ecotaxa_*.tsv'): _say(f'Note: EcoTaxa imports only tables that are named ecotaxa_….tsv, and this one is {out.name}.', 'yellow')
+    about = dict(
+        model=name,
+        confidence=confidence,
+        rule=rule,
+        at=at,
+        rank=rank,
+        ranks=ranks,
+        within=f'{within} ({fingerprint(Path(within))})' if listing else within,
+        candidates=candidates,
+        novel=novel,
+    )
+    if format == 'ecotaxa' and out is not None and not fnmatch(out.name, 'ecotaxa_*.tsv'):
+        _say(f'Note: EcoTaxa imports only tables that are named ecotaxa_….tsv, and this one is {out.name}.', 'yellow')
     file = AnswerFile(out, format, about) if out is not None else None
     said, flags, skipped, first = Counter(), 0, 0, True
-    def bad(_:str, why:str)->None:
+
+    def bad(_: str, why: str) -> None:
         nonlocal skipped
-        skipped += 1; _say(f'Note: {why}', 'yellow')
+        skipped += 1
+        _say(f'Note: {why}', 'yellow')
+
     with _bar(file is not None, 'images', None, file.images if file else 0) as advance:
         for table in predictor.stream(file.missing(found) if file else found, question, bad=bad if skip_bad else None):
-            if file: file.append(table)
-            else: print(form.write(table, name, first), end='', flush=True); first = False
-            said.update(table['path']); flags += int(table['novel'].sum()); advance(len(table))
-    if others: _say(f'Note: {passed_over(others)}', 'yellow')
-    if not said and skipped: raise HiermetricError("None of the images can be read.")
+            if file:
+                file.append(table)
+            else:
+                print(form.write(table, name, first), end='', flush=True)
+                first = False
+            said.update(table['path'])
+            flags += int(table['novel'].sum())
+            advance(len(table))
+    if others:
+        _say(f'Note: {passed_over(others)}', 'yellow')
+    if not said and skipped:
+        raise HiermetricError("None of the images can be read.")
     _tell(said, question, flags, skipped, out)
 
 # %% ../nbs/16_cli.ipynb #f5836bfd
-def _read_tree(source:str, tree:int|None=None, sep:str|None=None)->Taxonomy:
+def _read_tree(source: str, tree: int | None = None, sep: str | None = None) -> Taxonomy:
     "A tree from whatever holds one"
     from hiermetric.datasets import DATASETS, load_dataset, read_taxonomy
     from hiermetric.taxonomy import Taxonomy
-    if os.path.isdir(source): return Taxonomy.from_folder(source)
-    return read_taxonomy(source, tree, sep) if Path(source).suffix and source not in DATASETS else load_dataset(source).taxonomy
+
+    if os.path.isdir(source):
+        return Taxonomy.from_folder(source)
+    return (
+        read_taxonomy(source, tree, sep)
+        if Path(source).suffix and source not in DATASETS
+        else load_dataset(source).taxonomy
+    )
 
 # %% ../nbs/16_cli.ipynb #a6943861
 @_taxonomy.command()
 def show(
-    source:Annotated[str, typer.Argument(help="A data set's name, a CSV (class,lineage or rank columns), a Newick file, a saved tree (.npz), or nested folders.")],
-    tree:_Which=None,
-    sep:_Sep=None,
-    depth:Annotated[int | None, typer.Option(min=1, help="Levels to show; all by default.")]=None,
-)->None:
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A data set's name, a CSV (class,lineage or rank columns), a Newick file, a saved tree (.npz), or "
+            "nested folders."
+        ),
+    ],
+    tree: _Which = None,
+    sep: _Sep = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Levels to show; all by default.")] = None,
+) -> None:
     """Draw a tree, with the number of leaves at every branch.
 
     Example:
@@ -393,12 +729,23 @@ def show(
     """
     from rich.tree import Tree
     from hiermetric.taxonomy import _escaped
+
     tax = _read_tree(source, tree, sep)
     size = tax.leaf_stop - tax.leaf_start
-    name = lambda i: Text.assemble(_escaped(tax.names[i]), (f'  {size[i]:,}', 'dim') if tax.heights[i] else '', (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '')
+    name = lambda i: Text.assemble(
+        _escaped(tax.names[i]),
+        (f'  {size[i]:,}', 'dim') if tax.heights[i] else '',
+        (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '',
+    )
     branches = {0: Tree(name(0))}
     for i in range(1, len(tax)):
-        if depth is None or tax.depths[i] <= depth: branches[i] = branches[int(tax.parents[i])].add(name(i))
+        if depth is None or tax.depths[i] <= depth:
+            branches[i] = branches[int(tax.parents[i])].add(name(i))
     console = Console()
     console.print(branches[0])
-    console.print(Text(f'{tax.n_leaves:,} leaves, {len(tax):,} nodes, height {tax.height}, fingerprint {tax.fingerprint}', style='dim'))
+    console.print(
+        Text(
+            f'{tax.n_leaves:,} leaves, {len(tax):,} nodes, height {tax.height}, fingerprint {tax.fingerprint}',
+            style='dim',
+        )
+    )

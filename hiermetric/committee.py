@@ -18,206 +18,269 @@ __all__ = ['default_members', 'tree_means', 'TreeGaussian', 'KernelRidge', 'Comm
 
 # %% ../nbs/09_committee.ipynb #7b8cb982
 def tree_means(
-    x:Tensor, # (n, D) embeddings
-    targets:Tensor, # (n,) node ids, leaves or not
-    taxonomy:Taxonomy, # tree over the N nodes
-    strength:float=2., # κ ≥ 0, in images
-)->tuple[Tensor, Tensor]: # (N, D) means and (N,) images at or below each node, float64
+    x: Tensor,  # (n, D) embeddings
+    targets: Tensor,  # (n,) node ids, leaves or not
+    taxonomy: Taxonomy,  # tree over the N nodes
+    strength: float = 2.0,  # κ ≥ 0, in images
+) -> tuple[Tensor, Tensor]:  # (N, D) means and (N,) images at or below each node, float64
     "Means of all nodes, each shrunk toward its parent's: @eq-means"
     parents, depths, last = (taxonomy.tensor(k, x.device) for k in ('parents', 'depths', 'last'))
-    own = x.new_zeros(len(taxonomy), x.shape[1] + 1, dtype=torch.float64).index_add_(0, targets, F.pad(x.double(), (0, 1), value=1.))
+    own = x.new_zeros(len(taxonomy), x.shape[1] + 1, dtype=torch.float64).index_add_(
+        0, targets, F.pad(x.double(), (0, 1), value=1.0)
+    )
     upto = F.pad(own.cumsum(0), (0, 0, 1, 0))
     total = upto[last + 1] - upto[:-1]
-    n, mean = total[:, -1].round(), total[:, :-1]/total[:, -1:].clamp_min(1)
+    n, mean = total[:, -1].round(), total[:, :-1] / total[:, -1:].clamp_min(1)
     for depth in range(1, taxonomy.height + 1):
         i = (depths == depth).nonzero()[:, 0]
-        mean[i] = (n[i, None]*mean[i] + strength*mean[parents[i]])/(n[i, None] + strength).clamp_min(torch.finfo(torch.float64).tiny)
+        mean[i] = (n[i, None] * mean[i] + strength * mean[parents[i]]) / (n[i, None] + strength).clamp_min(
+            torch.finfo(torch.float64).tiny
+        )
     return mean, n
 
 # %% ../nbs/09_committee.ipynb #6922aaf9
 class TreeGaussian(LeafHead):
     "Linear discriminant analysis with means that lean on the tree; fitted in closed form before training"
+
     embedding, closed = 'none', True
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        strength:float=2., # κ, images' worth of the parent in every mean
-        shrink:float=0.1, # a in (0, 1], share of the identity in the covariance
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        strength: float = 2.0,  # κ, images' worth of the parent in every mean
+        shrink: float = 0.1,  # a in (0, 1], share of the identity in the covariance
+        class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, class_weights)
-        if strength < 0 or not 0 < shrink <= 1: raise HiermetricError(f"strength must be at least 0 and shrink in (0, 1]; got {strength} and {shrink}.")
+        if strength < 0 or not 0 < shrink <= 1:
+            raise HiermetricError(f"strength must be at least 0 and shrink in (0, 1]; got {strength} and {shrink}.")
         self.strength, self.shrink = float(strength), float(shrink)
         self.weight = nn.Parameter(torch.zeros(taxonomy.n_leaves, in_features), requires_grad=False)
         self.register_buffer('bias', torch.zeros(taxonomy.n_leaves))
         self.log_scale = nn.Parameter(torch.tensor(0.1).log())
 
-    def logits(self, emb:Tensor)->Tensor: return self.log_scale.exp()*F.linear(emb, self.full(self.weight), self.full(self.bias))
+    def logits(self, emb: Tensor) -> Tensor:
+        return self.log_scale.exp() * F.linear(emb, self.full(self.weight), self.full(self.bias))
 
 # %% ../nbs/09_committee.ipynb #28d4676c
 @patch
-def prepare(self:TreeGaussian,
-    emb:Tensor, # (n, D) of the training split
-    targets:Tensor, # (n,) node ids; those above the leaves help the means only
-)->None:
+def prepare(
+    self: TreeGaussian,
+    emb: Tensor,  # (n, D) of the training split
+    targets: Tensor,  # (n,) node ids; those above the leaves help the means only
+) -> None:
     "Fit @eq-gaussian"
     at_leaf, targets = self.labels(targets)[0] >= 0, self.on_tree(targets)
     mean, n = tree_means(emb, targets, self.tree, self.strength)
     leaves, x = self.tree.tensor('leaves', emb.device), emb.double()
-    if not at_leaf.any(): raise HiermetricError("TreeGaussian needs training images that are labelled with leaves, and there are none.")
+    if not at_leaf.any():
+        raise HiermetricError("TreeGaussian needs training images that are labelled with leaves, and there are none.")
     rest = (x - mean[targets])[at_leaf]
-    cov = rest.T @ rest/len(rest)
-    cov = (1 - self.shrink)*cov + self.shrink*cov.diagonal().mean().clamp_min(1e-12)*torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    cov = rest.T @ rest / len(rest)
+    cov = (1 - self.shrink) * cov + self.shrink * cov.diagonal().mean().clamp_min(1e-12) * torch.eye(
+        len(cov), dtype=cov.dtype, device=cov.device
+    )
     weight = torch.linalg.solve(cov, mean[leaves].T).T
-    prior = ((n[leaves] + 1)/(n[leaves] + 1).sum()).log()
-    self.weight.data.copy_(weight); self.bias.copy_(prior - (mean[leaves]*weight).sum(1)/2)
+    prior = ((n[leaves] + 1) / (n[leaves] + 1).sum()).log()
+    self.weight.data.copy_(weight)
+    self.bias.copy_(prior - (mean[leaves] * weight).sum(1) / 2)
 
 # %% ../nbs/09_committee.ipynb #5351343f
 class KernelRidge(LeafHead):
     "Kernel ridge regression on the classes, solved before training: @eq-kernel"
+
     embedding, closed = 'none', True
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        width:float=1., # ω, width of the kernel in median squared distances
-        ridge:float=0.1, # λ
-        most:int=20_000, # prototypes at the most; the solution needs 8·most² bytes
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        width: float = 1.0,  # ω, width of the kernel in median squared distances
+        ridge: float = 0.1,  # λ
+        most: int = 20_000,  # prototypes at the most; the solution needs 8·most² bytes
+        class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, class_weights)
-        if not (width > 0 and ridge > 0 and most > 0): raise HiermetricError(f"width, ridge and most must be above 0; got {width}, {ridge} and {most}.")
+        if not (width > 0 and ridge > 0 and most > 0):
+            raise HiermetricError(f"width, ridge and most must be above 0; got {width}, {ridge} and {most}.")
         self.width, self.ridge, self.most = float(width), float(ridge), int(most)
-        self.log_scale = nn.Parameter(torch.tensor(15.).log())
+        self.log_scale = nn.Parameter(torch.tensor(15.0).log())
         self.register_buffer('spread', torch.ones(()))
         self.allot(0)
 
-    def allot(self, n:int)->None:
+    def allot(self, n: int) -> None:
         "Make room for `n` prototypes"
         device = self.log_scale.device
         self.weight = nn.Parameter(torch.zeros(n, self.in_features, device=device), requires_grad=False)
         self.register_buffer('dual', torch.zeros(self.taxonomy.n_leaves, n, device=device))
 
-    def _load_from_state_dict(self, state:dict, prefix:str, *args)->None:
-        if prefix + 'weight' in state: self.allot(len(state[prefix + 'weight']))
+    def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
+        if prefix + 'weight' in state:
+            self.allot(len(state[prefix + 'weight']))
         super()._load_from_state_dict(state, prefix, *args)
 
-    def kernel(self,
-        x:Tensor, # (B, D) unit vectors
-    )->Tensor: # (B, n)
-        return ((F.linear(x, self.full(self.weight)) - 1)*(2/(self.width*self.full(self.spread)))).exp_()
+    def kernel(
+        self,
+        x: Tensor,  # (B, D) unit vectors
+    ) -> Tensor:  # (B, n)
+        return ((F.linear(x, self.full(self.weight)) - 1) * (2 / (self.width * self.full(self.spread)))).exp_()
 
-    def logits(self, emb:Tensor)->Tensor: return self.log_scale.exp()*F.linear(self.kernel(unit(emb)), self.full(self.dual))
+    def logits(self, emb: Tensor) -> Tensor:
+        return self.log_scale.exp() * F.linear(self.kernel(unit(emb)), self.full(self.dual))
 
 # %% ../nbs/09_committee.ipynb #58093c28
 @patch
-def prepare(self:KernelRidge,
-    emb:Tensor, # (n, D) of the training split
-    targets:Tensor, # (n,) node ids, leaves or not
-)->None:
+def prepare(
+    self: KernelRidge,
+    emb: Tensor,  # (n, D) of the training split
+    targets: Tensor,  # (n,) node ids, leaves or not
+) -> None:
     "Solve @eq-kernel"
     if len(emb) > self.most:
-        rows = torch.randperm(len(emb), generator=torch.Generator().manual_seed(0))[:self.most].to(emb.device)
+        rows = torch.randperm(len(emb), generator=torch.Generator().manual_seed(0))[: self.most].to(emb.device)
         emb, targets = emb[rows], targets[rows]
-    self.allot(len(emb)); self.weight.data.copy_(unit(self.full(emb)))
-    some = self.weight[::max(1, len(emb)//500)]
-    self.spread.copy_((2 - 2*F.linear(some, self.weight)).median().clamp_min(1e-6))
+    self.allot(len(emb))
+    self.weight.data.copy_(unit(self.full(emb)))
+    some = self.weight[:: max(1, len(emb) // 500)]
+    self.spread.copy_((2 - 2 * F.linear(some, self.weight)).median().clamp_min(1e-6))
     column, under = self.labels(targets)
-    y = (F.one_hot(column, self.taxonomy.n_leaves) if under is None else under/under.sum(1, keepdim=True)) - 1/self.taxonomy.n_leaves
-    gram = self.kernel(self.weight); gram.diagonal().add_(self.ridge)
+    y = (
+        F.one_hot(column, self.taxonomy.n_leaves) if under is None else under / under.sum(1, keepdim=True)
+    ) - 1 / self.taxonomy.n_leaves
+    gram = self.kernel(self.weight)
+    gram.diagonal().add_(self.ridge)
     self.dual.copy_(torch.cholesky_solve(y.to(gram.dtype), torch.linalg.cholesky(gram)).T)
 
 # %% ../nbs/09_committee.ipynb #4c9e2b7d
 default_members = (
     dict(head='classifier'),
-    dict(head='hace', base='arcface', base_kw=dict(s=16., m=0.2), eps=0.3),
+    dict(head='hace', base='arcface', base_kw=dict(s=16.0, m=0.2), eps=0.3),
     dict(head='tree_gaussian'),
     dict(head='kernel_ridge'),
 )
 
+
 class Committee(LeafHead):
     "Leaf heads side by side, each behind its own projection; their probabilities are mixed"
+
     embedding = 'none'
-    def __init__(self,
-        in_features:int, # F
-        taxonomy:Taxonomy, # L leaves, N nodes
-        members:Sequence[dict]=default_members, # for each its name as `head`, and its settings
-        dim:int=512, # D of the projections
-        dropout:float=0.5, # behind each projection
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order; for all members
+
+    def __init__(
+        self,
+        in_features: int,  # F
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        members: Sequence[dict] = default_members,  # for each its name as `head`, and its settings
+        dim: int = 512,  # D of the projections
+        dropout: float = 0.5,  # behind each projection
+        # (L,) weight of each class in the loss, in leaf order; for all members
+        class_weights: Tensor | Sequence[float] | None = None,
     ):
         super().__init__(in_features, taxonomy, class_weights)
-        if not members: raise HiermetricError("A committee needs at least one member.")
+        if not members:
+            raise HiermetricError("A committee needs at least one member.")
         self.members, self.dim, self.dropout = [dict(o) for o in members], int(dim), float(dropout)
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleList()
         for o in self.members:
-            name, kw = o['head'], {k: v for k,v in o.items() if k != 'head'}
-            block = EmbeddingNet(in_features, dim, kind='none') if head_trait(name, 'embedding') == 'none' else EmbeddingNet(in_features, dim, dropout=dropout)
-            if class_weights is not None: kw['class_weights'] = class_weights
+            name, kw = o['head'], {k: v for k, v in o.items() if k != 'head'}
+            block = (
+                EmbeddingNet(in_features, dim, kind='none')
+                if head_trait(name, 'embedding') == 'none'
+                else EmbeddingNet(in_features, dim, dropout=dropout)
+            )
+            if class_weights is not None:
+                kw['class_weights'] = class_weights
             head = create_head(name, block.out_features, taxonomy, **kw)
-            if not isinstance(head, LeafHead): raise HiermetricError(f"Members of a committee are heads with one logit a leaf, and {name!r} is not.")
-            self.blocks.append(block); self.heads.append(head)
-        self.register_buffer('log_weight', torch.zeros(len(self.heads))); self.register_buffer('log_sharpness', torch.zeros(len(self.heads)))
+            if not isinstance(head, LeafHead):
+                raise HiermetricError(f"Members of a committee are heads with one logit a leaf, and {name!r} is not.")
+            self.blocks.append(block)
+            self.heads.append(head)
+        self.register_buffer('log_weight', torch.zeros(len(self.heads)))
+        self.register_buffer('log_sharpness', torch.zeros(len(self.heads)))
 
     @property
-    def weight(self)->nn.Parameter: return self.heads[0].weight
+    def weight(self) -> nn.Parameter:
+        return self.heads[0].weight
 
 # %% ../nbs/09_committee.ipynb #6a19c70a
 def opinion_pool(
-    logits:Tensor, # (K, B, L) of the members
-    log_weight:Tensor, # (K,) unnormalised
-    log_sharpness:Tensor, # (K,) −log T
-)->Tensor: # (B, L) log-probabilities
+    logits: Tensor,  # (K, B, L) of the members
+    log_weight: Tensor,  # (K,) unnormalised
+    log_sharpness: Tensor,  # (K,) −log T
+) -> Tensor:  # (B, L) log-probabilities
     "Mixture of the members' tempered softmaxes: @eq-committee"
-    members = (log_sharpness.exp()[:, None, None]*logits).log_softmax(2)
+    members = (log_sharpness.exp()[:, None, None] * logits).log_softmax(2)
     return (members + log_weight.log_softmax(0)[:, None, None]).logsumexp(0)
 
+
 @patch
-def opinions(self:Committee,
-    emb:Tensor, # (B, F)
-)->Tensor: # (K, B, L)
+def opinions(
+    self: Committee,
+    emb: Tensor,  # (B, F)
+) -> Tensor:  # (K, B, L)
     "Logits of all members"
     return torch.stack([head.logits(head.full(block(emb))) for block, head in zip(self.blocks, self.heads)])
 
-@patch
-def logits(self:Committee, emb:Tensor)->Tensor: return opinion_pool(self.opinions(emb), self.log_weight, self.log_sharpness)
 
 @patch
-def learners(self:Committee)->list[tuple[EmbeddingNet, LeafHead]]:
+def logits(self: Committee, emb: Tensor) -> Tensor:
+    return opinion_pool(self.opinions(emb), self.log_weight, self.log_sharpness)
+
+
+@patch
+def learners(self: Committee) -> list[tuple[EmbeddingNet, LeafHead]]:
     "The members that learn, each with its projection; where all are solved, all"
     return [(b, h) for b, h in zip(self.blocks, self.heads) if not h.closed] or list(zip(self.blocks, self.heads))
 
+
 @patch
-def loss(self:Committee,
-    emb:Tensor, # (B, F)
-    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
-)->Tensor: # scalar
+def loss(
+    self: Committee,
+    emb: Tensor,  # (B, F)
+    targets: Tensor | Sequence[int],  # (B,) node ids, leaves or not
+) -> Tensor:  # scalar
     "Sum of the losses of the members that learn"
     return sum(head.loss(block(emb), targets) for block, head in self.learners())
 
+
 @patch
-def sample_weights(self:Committee, targets:Tensor)->Tensor|None:
+def sample_weights(self: Committee, targets: Tensor) -> Tensor | None:
     first, *others = (h.sample_weights(targets) for _, h in self.learners())
-    return first if first is not None and all(o is not None and torch.equal(o, first) for o in others) else None   # one mean, if all weigh alike
+    return (
+        first if first is not None and all(o is not None and torch.equal(o, first) for o in others) else None
+    )  # one mean, if all weigh alike
 
 # %% ../nbs/09_committee.ipynb #c7006988
 @patch
-def prepare(self:Committee, emb:Tensor, targets:Tensor)->None:
+def prepare(self: Committee, emb: Tensor, targets: Tensor) -> None:
     "Every member prepares itself"
-    for block, head in zip(self.blocks, self.heads): head.prepare(block(emb), targets)
+    for block, head in zip(self.blocks, self.heads):
+        head.prepare(block(emb), targets)
+
 
 @patch
-def calibrate(self:Committee,
-    emb:Tensor, # (m, F) of the validation split
-    targets:Tensor, # (m,) node ids, leaves or not
-)->None:
+def calibrate(
+    self: Committee,
+    emb: Tensor,  # (m, F) of the validation split
+    targets: Tensor,  # (m,) node ids, leaves or not
+) -> None:
     "Weights and temperatures of least NLL"
-    with torch.no_grad(): z = self.opinions(self.full(emb)).double()
+    with torch.no_grad():
+        z = self.opinions(self.full(emb)).double()
     column, under = self.labels(targets)
     free = [torch.zeros(len(self.heads), dtype=torch.float64, device=emb.device, requires_grad=True) for _ in range(2)]
     search = torch.optim.LBFGS(free, max_iter=100, line_search_fn='strong_wolfe')
-    def nll()->Tensor:
-        search.zero_grad(); p = opinion_pool(z, *free)
-        loss = (F.nll_loss(p, column) if under is None else subtree_nll(p, under).mean()) + 1e-4*sum(o.square().sum() for o in free)
-        loss.backward(); return loss
-    with torch.enable_grad(): search.step(nll)
-    self.log_weight.copy_(free[0].detach()); self.log_sharpness.copy_(free[1].detach())
+
+    def nll() -> Tensor:
+        search.zero_grad()
+        p = opinion_pool(z, *free)
+        loss = (F.nll_loss(p, column) if under is None else subtree_nll(p, under).mean()) + 1e-4 * sum(
+            o.square().sum() for o in free
+        )
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        search.step(nll)
+    self.log_weight.copy_(free[0].detach())
+    self.log_sharpness.copy_(free[1].detach())

@@ -25,322 +25,565 @@ __all__ = ['DataConfig', 'TrainConfig', 'as_kind', 'kind_name', 'check_settings'
 
 # %% ../nbs/15_config.ipynb #20feb6e3
 def as_kind(
-    value:Any, # as YAML reads it
-    kind:Any, # an annotation: int, float|None, Sequence[str], tuple[float,float] …
-)->Any: # the same value in that type
+    value: Any,  # as YAML reads it
+    kind: Any,  # an annotation: int, float|None, Sequence[str], tuple[float,float] …
+) -> Any:  # the same value in that type
     "Raise `TypeError` unless `value` fits"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(value, np.generic): value = value.item()
-    if kind is Any: return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if kind is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         for k in args:
-            try: return as_kind(value, k)
-            except TypeError: pass
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 3.4e38: return float(value)   # as float32 holds it; not NaN
+            try:
+                return as_kind(value, k)
+            except TypeError:
+                pass
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 3.4e38:
+        return float(value)  # as float32 holds it; not NaN
     elif kind is float and isinstance(value, str) and 'e' in value.lower():
-        try: return float(value)
-        except ValueError: pass
+        try:
+            return float(value)
+        except ValueError:
+            pass
     elif origin in (Sequence, Iterable, list, tuple) or kind in (list, tuple):
         if isinstance(value, (list, tuple)) and (origin is not tuple or ... in args or len(args) == len(value)):
-            each = args if origin is tuple and ... not in args else args[:1]*len(value)
+            each = args if origin is tuple and ... not in args else args[:1] * len(value)
             return tuple(as_kind(v, k) for v, k in zip(value, each)) if args else tuple(value)
     elif kind is dict or origin is dict:
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value): return value
-    elif kind is Path and isinstance(value, Path): return str(value)
-    elif kind in (bool, int, str, type(None)) and type(value) is (kind or type(None)): return value
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            return value
+    elif kind is Path and isinstance(value, Path):
+        return str(value)
+    elif kind in (bool, int, str, type(None)) and type(value) is (kind or type(None)):
+        return value
     raise TypeError(f"{value!r} is not {kind_name(kind)}")
 
 # %% ../nbs/15_config.ipynb #7cf8ccff
-_KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'a mapping', type(None): 'null'}
+_KINDS = {
+    bool: 'true or false',
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text',
+    dict: 'a mapping',
+    type(None): 'null',
+}
+
 
 def kind_name(
-    kind:Any, # an annotation
-)->str:
+    kind: Any,  # an annotation
+) -> str:
     "A type in words, without what a file cannot hold"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType): return ' or '.join(dict.fromkeys(n for n in map(kind_name, args) if n))
-    if origin is tuple and ... not in args: return f'a list of {len(args)}'
-    if origin in (Sequence, Iterable, list, tuple) or kind in (list, tuple): return 'a list'
+    if origin in (typing.Union, types.UnionType):
+        return ' or '.join(dict.fromkeys(n for n in map(kind_name, args) if n))
+    if origin is tuple and ... not in args:
+        return f'a list of {len(args)}'
+    if origin in (Sequence, Iterable, list, tuple) or kind in (list, tuple):
+        return 'a list'
     return 'anything' if kind is Any else _KINDS.get(origin or kind, '')
 
 # %% ../nbs/15_config.ipynb #33276bdd
 def check_settings(
-    given:dict, # names and values
-    make:Callable, # what will be called with them
-    skip:Sequence[str]=(), # parameters that are not for the user
-    where:str='', # prefix of the names, for messages: 'head_kw.'
-    objects:bool=False, # take what no file can hold, tensors and functions, as it is
-)->dict: # the values as the signature's types
+    given: dict,  # names and values
+    make: Callable,  # what will be called with them
+    skip: Sequence[str] = (),  # parameters that are not for the user
+    where: str = '',  # prefix of the names, for messages: 'head_kw.'
+    objects: bool = False,  # take what no file can hold, tensors and functions, as it is
+) -> dict:  # the values as the signature's types
     "Raise `HiermetricError` for a setting that `make` does not have or whose type is wrong"
     parameters = {k: p for k, p in inspect.signature(make).parameters.items() if k not in skip}
     hints, known = _hints(make), [k for k, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     free, out = len(known) < len(parameters), {}
     for k, v in given.items():
-        if k not in known and not free: raise HiermetricError(f"There is no setting {where + str(k)!r}; there are {', '.join(known) or 'none'}.{did_you_mean(k, known)}")
-        try: out[k] = v if objects and not isinstance(v, _IN_FILES) else as_kind(v, hints.get(k, Any))
-        except TypeError: raise HiermetricError(f"{where}{k} is {v!r}, and should be {_wanted(v, hints[k])}.") from None
+        if k not in known and not free:
+            raise HiermetricError(
+                f"There is no setting {where + str(k)!r}; there are "
+                f"{', '.join(known) or 'none'}.{did_you_mean(k, known)}"
+            )
+        try:
+            out[k] = v if objects and not isinstance(v, _IN_FILES) else as_kind(v, hints.get(k, Any))
+        except TypeError:
+            raise HiermetricError(f"{where}{k} is {v!r}, and should be {_wanted(v, hints[k])}.") from None
     return out
 
-def _wanted(v:Any, kind:Any)->str: return kind_name(kind).replace('a number', 'a finite number') if isinstance(v, float) else kind_name(kind)
+
+def _wanted(v: Any, kind: Any) -> str:
+    return kind_name(kind).replace('a number', 'a finite number') if isinstance(v, float) else kind_name(kind)
+
 
 _IN_FILES = bool, int, float, str, list, tuple, dict, type(None), np.generic
 
+
 @cache
-def _hints(make:Callable)->dict[str, Any]:
+def _hints(make: Callable) -> dict[str, Any]:
     "Types by name; none where they cannot be read, as those of a class inside a function"
-    try: return typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
-    except NameError: return {}
+    try:
+        return typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    except NameError:
+        return {}
 
 # %% ../nbs/15_config.ipynb #e2a6de6c
-def _head(name:str)->tuple[Callable, tuple]: return HEADS[name], ('in_features', 'taxonomy')
+def _head(name: str) -> tuple[Callable, tuple]:
+    return HEADS[name], ('in_features', 'taxonomy')
 
-def _inner(c:TrainConfig|SimpleNamespace)->dict[str, tuple[Callable, tuple]|None]: # setting → what it is handed to, and what is not the user's; None: nothing there
+
+def _inner(
+    c: TrainConfig | SimpleNamespace,
+) -> dict[
+    str, tuple[Callable, tuple] | None
+]:  # setting → what it is handed to, and what is not the user's; None: nothing there
     from hiermetric.augment import AUGMENTS, MIXES, SAMPLERS
     from hiermetric.backbones import create_backbone
-    return dict(head_kw=_head(c.head), embed_kw=(EmbeddingNet, ('in_features', 'out_features', 'kind', 'power', 'dropout')), schedule_kw=(SCHEDULES[c.schedule], ('step', 'total', 'warmup')),
-        sampler_kw=(SAMPLERS[c.sampler], ('targets', 'taxonomy', 'batch_size', 'rng')), backbone_kw=(create_backbone, ('name', 'size')),
-        augment_kw=(AUGMENTS[c.augment], ('image_size',)) if isinstance(c.augment, str) else None, mix_kw=(MIXES[c.mix], ()) if c.mix else None)
+
+    return dict(
+        head_kw=_head(c.head),
+        embed_kw=(EmbeddingNet, ('in_features', 'out_features', 'kind', 'power', 'dropout')),
+        schedule_kw=(SCHEDULES[c.schedule], ('step', 'total', 'warmup')),
+        sampler_kw=(SAMPLERS[c.sampler], ('targets', 'taxonomy', 'batch_size', 'rng')),
+        backbone_kw=(create_backbone, ('name', 'size')),
+        augment_kw=(AUGMENTS[c.augment], ('image_size',)) if isinstance(c.augment, str) else None,
+        mix_kw=(MIXES[c.mix], ()) if c.mix else None,
+    )
+
 
 def check_run(
-    given:dict, # settings of `fit`; what is missing has its default
-    objects:bool=True, # also take what no file can hold: tensors, functions, a `Run`
-)->dict: # the same, as their types
+    given: dict,  # settings of `fit`; what is missing has its default
+    objects: bool = True,  # also take what no file can hold: tensors, functions, a `Run`
+) -> dict:  # the same, as their types
     "What `fit` and a file have in common: types, and the settings of what is chosen by name"
     out = check_settings(given, fit, objects=objects)
     for name, target in _inner(c := SimpleNamespace(**defaults() | out)).items():
         own = getattr(c, name)
-        if not own: continue
-        if target is None: raise HiermetricError(f"{name} has settings for {name.removesuffix('_kw')}, which is not set; set it or remove {name}.")
+        if not own:
+            continue
+        if target is None:
+            raise HiermetricError(
+                f"{name} has settings for {name.removesuffix('_kw')}, which is not set; set it or remove {name}."
+            )
         out[name] = check_settings(own, target[0], target[1], f'{name}.', objects)
-    if out.get('head_kw'): out['head_kw'] = _check_head(out['head_kw'], HEADS[c.head], 'head_kw.', objects)
+    if out.get('head_kw'):
+        out['head_kw'] = _check_head(out['head_kw'], HEADS[c.head], 'head_kw.', objects)
     return out
 
-def _check_head(own:dict, head:Callable, where:str, objects:bool)->dict:
+
+def _check_head(own: dict, head: Callable, where: str, objects: bool) -> dict:
     "Settings inside the settings of a head: of what it chooses by name, a base, a loss, a miner, and of its members"
     from hiermetric.pairs import LOSSES, MINERS
     from hiermetric.sphere import CRITERIA
+
     own, usual = dict(own), inspect.signature(head).parameters
-    for what, kw, known in (('base', 'base_kw', HEADS), ('loss', 'loss_kw', LOSSES), ('pair_loss', 'pair_kw', LOSSES), ('miner', 'miner_kw', MINERS), ('criterion', 'criterion_kw', CRITERIA)):
+    for what, kw, known in (
+        ('base', 'base_kw', HEADS),
+        ('loss', 'loss_kw', LOSSES),
+        ('pair_loss', 'pair_kw', LOSSES),
+        ('miner', 'miner_kw', MINERS),
+        ('criterion', 'criterion_kw', CRITERIA),
+    ):
         name = own.get(what, usual[what].default if what in usual else None)
-        if kw in usual and own.get(kw) and name: own[kw] = check_settings(own[kw], known[choice(what.removeprefix('pair_'), name, known)], ('in_features', 'taxonomy', 'distance') if known is MINERS else ('in_features', 'taxonomy'), f'{where}{kw}.', objects)
-        elif what in own and name: choice('head' if what == 'base' else what.removeprefix('pair_'), name, known)
-    if own.get('members'): own['members'] = tuple({'head': o.get('head')} | _check_head(check_settings({k: v for k, v in o.items() if k != 'head'}, *_head(o.get('head')), f'{where}members.', objects), HEADS[o['head']], f'{where}members.', objects) for o in own['members'])
+        if kw in usual and own.get(kw) and name:
+            own[kw] = check_settings(
+                own[kw],
+                known[choice(what.removeprefix('pair_'), name, known)],
+                ('in_features', 'taxonomy', 'distance') if known is MINERS else ('in_features', 'taxonomy'),
+                f'{where}{kw}.',
+                objects,
+            )
+        elif what in own and name:
+            choice('head' if what == 'base' else what.removeprefix('pair_'), name, known)
+    if own.get('members'):
+        own['members'] = tuple(
+            {'head': o.get('head')}
+            | _check_head(
+                check_settings(
+                    {k: v for k, v in o.items() if k != 'head'}, *_head(o.get('head')), f'{where}members.', objects
+                ),
+                HEADS[o['head']],
+                f'{where}members.',
+                objects,
+            )
+            for o in own['members']
+        )
     return own
 
 # %% ../nbs/15_config.ipynb #bb67e3c7
-_CALL = ('data', 'out', 'resume', 'progress', 'device', 'workers', 'compile', 'channels_last')   # of `fit`, but not of a run
+_CALL = (
+    'data',
+    'out',
+    'resume',
+    'progress',
+    'device',
+    'workers',
+    'compile',
+    'channels_last',
+)  # of `fit`, but not of a run
 
-def _fields(make:Callable, skip:Sequence[str])->list[tuple]: # (name, type, field), with the explanation in the field's metadata
+
+def _fields(
+    make: Callable, skip: Sequence[str]
+) -> list[tuple]:  # (name, type, field), with the explanation in the field's metadata
     from fastcore.docments import docments
-    docs, hints = docments(make), typing.get_type_hints(make)
-    return [(k, hints[k], field(default=p.default, metadata={'about': docs.get(k) or ''})) for k, p in inspect.signature(make).parameters.items() if k not in skip and p.kind is not p.VAR_KEYWORD]
 
-def _own(name:str, kind:Any, default:Any, about:str)->tuple: return name, kind, field(default=default, metadata={'about': about})
+    docs, hints = docments(make), typing.get_type_hints(make)
+    return [
+        (k, hints[k], field(default=p.default, metadata={'about': docs.get(k) or ''}))
+        for k, p in inspect.signature(make).parameters.items()
+        if k not in skip and p.kind is not p.VAR_KEYWORD
+    ]
+
+
+def _own(name: str, kind: Any, default: Any, about: str) -> tuple:
+    return name, kind, field(default=default, metadata={'about': about})
 
 # %% ../nbs/15_config.ipynb #df874178
 class _Settings:
     "What both dataclasses share"
+
     def __post_init__(self):
         hints = {f.name: f.type for f in dataclasses.fields(self)}
         for k, kind in hints.items():
             v = getattr(self, k)
-            if dataclasses.is_dataclass(kind): v = kind(**v) if isinstance(v, dict) else v
+            if dataclasses.is_dataclass(kind):
+                v = kind(**v) if isinstance(v, dict) else v
             else:
-                try: v = as_kind(v, kind)
-                except TypeError: raise HiermetricError(f"{self._where}{k} is {v!r}, and should be {_wanted(v, kind)}.") from None
+                try:
+                    v = as_kind(v, kind)
+                except TypeError:
+                    raise HiermetricError(f"{self._where}{k} is {v!r}, and should be {_wanted(v, kind)}.") from None
             setattr(self, k, v)
 
     @classmethod
-    def of(cls,
-        given:dict, # names and values; what is missing has its default
-    )->_Settings:
+    def of(
+        cls,
+        given: dict,  # names and values; what is missing has its default
+    ) -> _Settings:
         "From a mapping; an unknown key is an error that suggests the right one"
         known = [f.name for f in dataclasses.fields(cls)]
         for k in given:
-            if k not in known: raise HiermetricError(f"There is no setting {cls._where + str(k)!r}.{did_you_mean(k, known) or ' There are ' + ', '.join(known) + '.'}")
+            if k not in known:
+                raise HiermetricError(
+                    "There is no setting "
+                    f"{cls._where + str(k)!r}.{did_you_mean(k, known) or ' There are ' + ', '.join(known) + '.'}"
+                )
         kinds = {f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
         for k in kinds:
-            if k in given and not isinstance(given[k], dict): raise HiermetricError(f"{k} is {given[k]!r}, and should be a mapping, with name: and others below it.")
+            if k in given and not isinstance(given[k], dict):
+                raise HiermetricError(f"{k} is {given[k]!r}, and should be a mapping, with name: and others below it.")
         return cls(**{k: kinds[k].of(v) if k in kinds else v for k, v in given.items()})
 
-    def changed(self)->dict: # names and values
+    def changed(self) -> dict:  # names and values
         "What differs from the defaults"
         base = type(self)()
-        diff = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(base, f.name)}
+        diff = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != getattr(base, f.name)
+        }
         return {k: v.changed() if isinstance(v, _Settings) else v for k, v in diff.items()}
 
 # %% ../nbs/15_config.ipynb #dc1b4d34
 class _Data(_Settings):
     "Where the images come from: the parameters of `load_dataset`"
+
     _where = 'data.'
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loader: self.loader = check_settings(self.loader, DATASETS[self.name] if self.name in DATASETS else folder_dataset, ('root', 'taxonomy', 'folder'), 'data.loader.')
+        if self.loader:
+            self.loader = check_settings(
+                self.loader,
+                DATASETS[self.name] if self.name in DATASETS else folder_dataset,
+                ('root', 'taxonomy', 'folder'),
+                'data.loader.',
+            )
 
-    def load(self)->ImageTable:
+    def load(self) -> ImageTable:
         "The table of images"
         kw = {k: v for k, v in dataclasses.asdict(self).items() if k not in ('name', 'loader')}
         return load_dataset(self.name, **kw, **self.loader or {})
 
-DataConfig = make_dataclass('DataConfig', [_own('name', str, 'synthetic-taxa', 'a name of `list_datasets()`, or a folder of class folders'), *_fields(load_dataset, ('name_or_folder',)),
-    _own('loader', dict|None, None, 'more for the loader: `fill` of a folder, `seed` and `size` of synthetic-taxa')], bases=(_Data,), namespace={'__module__': __name__, '__doc__': _Data.__doc__})
+
+DataConfig = make_dataclass(
+    'DataConfig',
+    [
+        _own('name', str, 'synthetic-taxa', 'a name of `list_datasets()`, or a folder of class folders'),
+        *_fields(load_dataset, ('name_or_folder',)),
+        _own(
+            'loader', dict | None, None, 'more for the loader: `fill` of a folder, `seed` and `size` of synthetic-taxa'
+        ),
+    ],
+    bases=(_Data,),
+    namespace={'__module__': __name__, '__doc__': _Data.__doc__},
+)
 
 # %% ../nbs/15_config.ipynb #7f684cab
 class _Train(_Settings):
     "A run: its data, and every setting of `fit` that makes it what it is"
+
     _where = ''
 
     def __post_init__(self):
         super().__post_init__()
-        for k, v in check_run({k: getattr(self, k) for k in defaults()}, objects=False).items(): setattr(self, k, v)
-        _resolve(None if self.images else object.__new__(Features), defaults() | {k: v for k, v in self.settings.items() if k in defaults()})   # what `fit` itself would say, before anything is loaded
+        for k, v in check_run({k: getattr(self, k) for k in defaults()}, objects=False).items():
+            setattr(self, k, v)
+        _resolve(
+            None if self.images else object.__new__(Features),
+            defaults() | {k: v for k, v in self.settings.items() if k in defaults()},
+        )  # what `fit` itself would say, before anything is loaded
 
     @property
-    def settings(self)->dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         "What `fit` is called with; the backbone's are for `extract`, where only a head is trained"
         mine = {'data', 'images'} | (set() if self.images else {'backbone', 'backbone_kw', 'image_size'})
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in mine}
 
-TrainConfig = make_dataclass('TrainConfig', [('data', DataConfig, field(default_factory=DataConfig, metadata={'about': 'where the images come from'})),
-    _own('images', bool, False, 'train the whole network on images; false: a head on frozen features of `backbone`'), *_fields(fit, _CALL)], bases=(_Train,), namespace={'__module__': __name__, '__doc__': _Train.__doc__})
+
+TrainConfig = make_dataclass(
+    'TrainConfig',
+    [
+        ('data', DataConfig, field(default_factory=DataConfig, metadata={'about': 'where the images come from'})),
+        _own(
+            'images', bool, False, 'train the whole network on images; false: a head on frozen features of `backbone`'
+        ),
+        *_fields(fit, _CALL),
+    ],
+    bases=(_Train,),
+    namespace={'__module__': __name__, '__doc__': _Train.__doc__},
+)
 
 # %% ../nbs/15_config.ipynb #c231df4c
 class _Loader(yaml.SafeLoader):
     "Plain values only; a key that comes twice is an error, and so is what its own tag cannot read"
-    yaml_implicit_resolvers = {k: [o for o in v if o[0].rpartition(':')[2] not in ('int', 'float', 'timestamp')] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
-    def construct_object(self, node:yaml.Node, deep:bool=False)->Any:
-        try: return super().construct_object(node, deep)
+    yaml_implicit_resolvers = {
+        k: [o for o in v if o[0].rpartition(':')[2] not in ('int', 'float', 'timestamp')]
+        for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            raise yaml.constructor.ConstructorError(None, None, f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]} that can be read", node.start_mark) from e
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]} that can be read",
+                node.start_mark,
+            ) from e
 
-    def construct_mapping(self, node:yaml.MappingNode, deep:bool=False)->dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         if twice := [(k, n) for i, (k, (n, _)) in enumerate(zip(keys, node.value)) if k in keys[:i]]:
-            raise yaml.constructor.ConstructorError(None, None, f'the key {twice[0][0]!r} comes twice', twice[0][1].start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f'the key {twice[0][0]!r} comes twice', twice[0][1].start_mark
+            )
         return super().construct_mapping(node, deep)
+
 
 class _Dumper(yaml.SafeDumper):
     "What `_Loader` takes for a number is quoted where it is text"
+
     yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
-_WHOLE = re.compile(r'[-+]?(0|[1-9][0-9_]*)$')
-_NUMBER = re.compile(r'([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$')
-for _o in (_Loader, _Dumper):
-    _o.add_implicit_resolver('tag:yaml.org,2002:int', _WHOLE, list('-+0123456789')); _o.add_implicit_resolver('tag:yaml.org,2002:float', _NUMBER, list('-+.0123456789'))
 
-def _read(text:str, where:str)->Any:
-    try: value = yaml.load(text, _Loader); _finite(value)
-    except yaml.reader.ReaderError as e: raise HiermetricError(f"{where} is no YAML that can be read: the character {chr(e.character)!r} (line {text.count(chr(10), 0, e.position) + 1}) belongs in no text.") from e
+_WHOLE = re.compile(r'[-+]?(0|[1-9][0-9_]*)$')
+_NUMBER = re.compile(
+    r'([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$'
+)
+for _o in (_Loader, _Dumper):
+    _o.add_implicit_resolver('tag:yaml.org,2002:int', _WHOLE, list('-+0123456789'))
+    _o.add_implicit_resolver('tag:yaml.org,2002:float', _NUMBER, list('-+.0123456789'))
+
+
+def _read(text: str, where: str) -> Any:
+    try:
+        value = yaml.load(text, _Loader)
+        _finite(value)
+    except yaml.reader.ReaderError as e:
+        raise HiermetricError(
+            f"{where} is no YAML that can be read: the character {chr(e.character)!r} (line "
+            f"{text.count(chr(10), 0, e.position) + 1}) belongs in no text."
+        ) from e
     except yaml.YAMLError as e:
         mark = getattr(e, 'problem_mark', None)
-        raise HiermetricError(f"{where} is no YAML that can be read: {getattr(e, 'problem', None) or e}{f' (line {mark.line+1}, column {mark.column+1})' if mark else ''}.") from e
-    except RecursionError: raise HiermetricError(f"{where} is nested too deeply, or holds itself; a run's settings are a few levels deep.") from None
+        raise HiermetricError(
+            f"{where} is no YAML that can be read: "
+            f"{getattr(e, 'problem', None) or e}{f' (line {mark.line + 1}, column {mark.column + 1})' if mark else ''}."
+        ) from e
+    except RecursionError:
+        raise HiermetricError(
+            f"{where} is nested too deeply, or holds itself; a run's settings are a few levels deep."
+        ) from None
     return value
 
-def _finite(value:Any, most:int=100_000, depth:int=50)->None:
+
+def _finite(value: Any, most: int = 100_000, depth: int = 50) -> None:
     "Aliases may make a value that holds itself, or is as large as one likes: `RecursionError` then"
     todo, n = [(value, 0)], 0
     while todo:
         (o, d), n = todo.pop(), n + 1
-        if d > depth or n > most: raise RecursionError
-        if isinstance(o, (dict, list, tuple, set)): todo += [(v, d + 1) for v in (o.values() if isinstance(o, dict) else o)]
+        if d > depth or n > most:
+            raise RecursionError
+        if isinstance(o, (dict, list, tuple, set)):
+            todo += [(v, d + 1) for v in (o.values() if isinstance(o, dict) else o)]
 
 # %% ../nbs/15_config.ipynb #f0eae646
 def override(
-    given:dict, # names and values, as a file holds them; left as it is
-    settings:Iterable[str|tuple[str,Any]], # 'key=value', read as YAML, or (key, value); dots lead into mappings: 'head_kw.s=30'
-)->dict: # a new mapping
+    given: dict,  # names and values, as a file holds them; left as it is
+    # 'key=value', read as YAML, or (key, value); dots lead into mappings: 'head_kw.s=30'
+    settings: Iterable[str | tuple[str, Any]],
+) -> dict:  # a new mapping
     "Change single settings, as on the command line"
     import copy
+
     out = copy.deepcopy(given)
     for text in settings:
         key, sign, value = text.partition('=') if isinstance(text, str) else (text[0], True, text[1])
         *path, last = key.strip().split('.')
-        if not sign or not all((*path, last)): raise HiermetricError(f"{text!r} is no setting; write key=value, for example lr=0.001 or head_kw.s=30.")
+        if not sign or not all((*path, last)):
+            raise HiermetricError(f"{text!r} is no setting; write key=value, for example lr=0.001 or head_kw.s=30.")
         at = out
         for k in path:
-            if at.get(k) is None: at[k] = {}
+            if at.get(k) is None:
+                at[k] = {}
             at = at[k]
-            if not isinstance(at, dict): raise HiermetricError(f"{text!r} cannot be set: {k} is {at!r} and holds nothing below it.")
+            if not isinstance(at, dict):
+                raise HiermetricError(f"{text!r} cannot be set: {k} is {at!r} and holds nothing below it.")
         at[last] = _read(value, f'The value of {text!r}') if isinstance(text, str) else value
     return out
 
 # %% ../nbs/15_config.ipynb #15b89e77
 @patch(cls_method=True)
-def load(cls:_Train,
-    path:str|Path|None, # a YAML file; None: the defaults
-    settings:Iterable[str|tuple[str,Any]]=(), # changes to it, see `override`
-)->TrainConfig:
+def load(
+    cls: _Train,
+    path: str | Path | None,  # a YAML file; None: the defaults
+    settings: Iterable[str | tuple[str, Any]] = (),  # changes to it, see `override`
+) -> TrainConfig:
     "A run from a file"
-    if path is None: return cls.of(override({}, settings))
+    if path is None:
+        return cls.of(override({}, settings))
     path = Path(path).expanduser()
     settings = list(settings)
-    try: given = _read(text := path.read_text(encoding='utf-8'), str(path))
+    try:
+        given = _read(text := path.read_text(encoding='utf-8'), str(path))
     except FileNotFoundError:
-        raise HiermetricError(f"There is no configuration {path}.{did_you_mean(path.name, [o.name for o in path.parent.glob('*.y*ml')])}") from None
-    except (OSError, UnicodeDecodeError) as e: raise HiermetricError(f"The configuration {path} cannot be read ({getattr(e, 'strerror', None) or 'it is no text in UTF-8'}).") from e
-    if not text.strip('\ufeff \t\r\n'): raise HiermetricError(f"{path} is empty; `TrainConfig().save(…)` writes a file with every setting, and without a file all have their defaults.")
-    if given is not None and not isinstance(given, dict): raise HiermetricError(f"{path} holds {type(given).__name__} and should hold a mapping: one `key: value` a line.")
-    try: return cls.of(override(given or {}, settings))
-    except HiermetricError as e: raise HiermetricError(f"{path}{_line(text, str(e), settings)}: {e}") from e
+        raise HiermetricError(
+            f"There is no configuration {path}.{did_you_mean(path.name, [o.name for o in path.parent.glob('*.y*ml')])}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise HiermetricError(
+            f"The configuration {path} cannot be read ({getattr(e, 'strerror', None) or 'it is no text in UTF-8'})."
+        ) from e
+    if not text.strip('\ufeff \t\r\n'):
+        raise HiermetricError(
+            f"{path} is empty; `TrainConfig().save(…)` writes a file with every setting, and without a file all "
+            "have their defaults."
+        )
+    if given is not None and not isinstance(given, dict):
+        raise HiermetricError(
+            f"{path} holds {type(given).__name__} and should hold a mapping: one `key: value` a line."
+        )
+    try:
+        return cls.of(override(given or {}, settings))
+    except HiermetricError as e:
+        raise HiermetricError(f"{path}{_line(text, str(e), settings)}: {e}") from e
+
 
 @patch
-def to_yaml(self:_Settings)->str:
+def to_yaml(self: _Settings) -> str:
     "All settings, each with its explanation"
     return '\n'.join(_lines(self)) + '\n'
 
+
 @patch
-def save(self:_Settings,
-    path:str|Path, # a YAML file
-)->None:
+def save(
+    self: _Settings,
+    path: str | Path,  # a YAML file
+) -> None:
     "Write all settings, as a whole or not at all"
-    with atomic_path(path) as tmp: tmp.write_text(self.to_yaml(), encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(self.to_yaml(), encoding='utf-8')
 
 # %% ../nbs/15_config.ipynb #487981f8
-def _line(text:str, message:str, settings:Sequence[str|tuple[str,Any]])->str:
-    "', line 3' where a message is about a key of a file, and '' where it is about none, or one that was set from outside"
-    def keys(node:yaml.Node, path:str)->Iterable[tuple[str, int]]:
+def _line(text: str, message: str, settings: Sequence[str | tuple[str, Any]]) -> str:
+    """', line 3' where a message is about a key of a file, and '' where it is about none, or one that was set from
+    outside"""
+
+    def keys(node: yaml.Node, path: str) -> Iterable[tuple[str, int]]:
         for k, v in node.value if isinstance(node, yaml.MappingNode) else ():
             yield f'{path}{k.value}', k.start_mark.line + 1
             yield from keys(v, f'{path}{k.value}.')
-    found = [(m.start(), -len(k), line) for k, line in keys(yaml.compose(text, _Loader), '') if (m := re.search(rf'(?<![\w.]){re.escape(k)}(?!\.?\w)', message))]
-    outside = {(o if isinstance(o, str) else o[0]).partition('=')[0].strip() for o in settings}
-    return f', line {min(found)[2]}' if found and not any(re.search(rf'(?<![\w.]){re.escape(o)}(?!\.?\w)', message) for o in outside) else ''
 
-def _lines(c:_Settings)->Iterable[str]:
+    found = [
+        (m.start(), -len(k), line)
+        for k, line in keys(yaml.compose(text, _Loader), '')
+        if (m := re.search(rf'(?<![\w.]){re.escape(k)}(?!\.?\w)', message))
+    ]
+    outside = {(o if isinstance(o, str) else o[0]).partition('=')[0].strip() for o in settings}
+    return (
+        f', line {min(found)[2]}'
+        if found and not any(re.search(rf'(?<![\w.]){re.escape(o)}(?!\.?\w)', message) for o in outside)
+        else ''
+    )
+
+
+def _lines(c: _Settings) -> Iterable[str]:
     "A line a setting"
     for f in dataclasses.fields(c):
         v, about = getattr(c, f.name), f.metadata['about']
-        if isinstance(v, _Settings): yield f'{f.name}:  # {about}'; yield from (f'  {line}' for line in _lines(v))
-        else: yield f'{f.name}: {yaml.dump([v], Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()[1:-1]}  # {about}'
+        if isinstance(v, _Settings):
+            yield f'{f.name}:  # {about}'
+            yield from (f'  {line}' for line in _lines(v))
+        else:
+            flow = {'default_flow_style': True, 'sort_keys': False, 'allow_unicode': True, 'width': 10**6}
+            yield f'{f.name}: {yaml.dump([v], Dumper=_Dumper, **flow).strip()[1:-1]}  # {about}'
 
 # %% ../nbs/15_config.ipynb #bb477039
 @patch
-def inputs(self:_Train,
-    skip_bad:bool=False, # leave out files that cannot be read
-    progress:bool=False, # a bar on the terminal
-    table:ImageTable|None=None, # the images, if they are loaded already
-)->Features|ImageTable:
+def inputs(
+    self: _Train,
+    skip_bad: bool = False,  # leave out files that cannot be read
+    progress: bool = False,  # a bar on the terminal
+    table: ImageTable | None = None,  # the images, if they are loaded already
+) -> Features | ImageTable:
     "The images, or their features from the cache where they are"
     from hiermetric.backbones import create_backbone
     from hiermetric.features import extract
-    if table is None: table = self.data.load()
-    if self.images: return table
-    return extract(table, create_backbone(self.backbone, size=self.image_size, **{'fit': 'pad', 'fill': table.fill} | (self.backbone_kw or {})), skip_bad=skip_bad, progress=progress)
+
+    if table is None:
+        table = self.data.load()
+    if self.images:
+        return table
+    return extract(
+        table,
+        create_backbone(
+            self.backbone, size=self.image_size, **{'fit': 'pad', 'fill': table.fill} | (self.backbone_kw or {})
+        ),
+        skip_bad=skip_bad,
+        progress=progress,
+    )
+
 
 @patch
-def train(self:_Train,
-    out:str|Path|None=None, # folder of the run
-    inputs:Features|ImageTable|None=None, # if they are loaded already
-    **call, # what belongs to the machine and not to the run: device, workers, resume, progress …
-)->Run:
+def train(
+    self: _Train,
+    out: str | Path | None = None,  # folder of the run
+    inputs: Features | ImageTable | None = None,  # if they are loaded already
+    **call,  # what belongs to the machine and not to the run: device, workers, resume, progress …
+) -> Run:
     "Train as the settings say"
-    if inputs is None: inputs = self.inputs(progress=call.get('progress', False))
-    there = out is not None and call.get('resume', True) and any((Path(out)/o).exists() for o in ('run.json', 'checkpoint.pt'))
+    if inputs is None:
+        inputs = self.inputs(progress=call.get('progress', False))
+    there = (
+        out is not None
+        and call.get('resume', True)
+        and any((Path(out) / o).exists() for o in ('run.json', 'checkpoint.pt'))
+    )
     with workplace(out, RUN_MARKS, ('config.yaml', *RUN_FILES)) if out is not None else nullcontext():
-        if out is not None and not there: self.save(Path(out)/'config.yaml')
+        if out is not None and not there:
+            self.save(Path(out) / 'config.yaml')
         run = fit(inputs, **self.settings, out=out, **call)
-        if there: self.save(Path(out)/'config.yaml')   # `fit` has found it to be the same run
+        if there:
+            self.save(Path(out) / 'config.yaml')  # `fit` has found it to be the same run
     return run

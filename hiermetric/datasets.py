@@ -17,7 +17,19 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from rich.progress import track
-from .core import HiermetricError, Registry, atomic_path, cache_dir, data_dir, did_you_mean, download, fingerprint, in_turn, settle, unpack
+from hiermetric.core import (
+    HiermetricError,
+    Registry,
+    atomic_path,
+    cache_dir,
+    data_dir,
+    did_you_mean,
+    download,
+    fingerprint,
+    in_turn,
+    settle,
+    unpack,
+)
 from .taxonomy import Taxonomy, _clean, _whole
 from .wordnet import wordnet_names, wordnet_taxonomy
 
@@ -29,296 +41,525 @@ __all__ = ['SPLITS', 'IMAGE_TYPES', 'TINY_IMAGENET', 'PLANKTONSET', 'CIFAR_100',
 
 # %% ../nbs/02_datasets.ipynb #168b8e7c
 def name_hash(
-    name:str, # file name, without its folder
-)->int: # 64 bits
+    name: str,  # file name, without its folder
+) -> int:  # 64 bits
     "The same number for the same name on every machine"
-    return int.from_bytes(hashlib.sha256(unicodedata.normalize('NFC', name).encode('utf-8', 'surrogateescape')).digest()[:8], 'big')
+    return int.from_bytes(
+        hashlib.sha256(unicodedata.normalize('NFC', name).encode('utf-8', 'surrogateescape')).digest()[:8], 'big'
+    )
 
 # %% ../nbs/02_datasets.ipynb #5ddf22c1
 def split_counts(
-    n:np.ndarray, # (C,) images of each class
-    val:float=0.1, # share for validation
-    test:float=0.2, # share for testing
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # (C,) images to train, validate, test
+    n: np.ndarray,  # (C,) images of each class
+    val: float = 0.1,  # share for validation
+    test: float = 0.2,  # share for testing
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (C,) images to train, validate, test
     "How many images of a class go where: the exact share, but always at least one to train"
-    def part(n, share): return np.minimum(n-1, np.maximum(1, np.floor(share*n + 0.5).astype(int))) if share else np.zeros_like(n)
+
+    def part(n, share):
+        return np.minimum(n - 1, np.maximum(1, np.floor(share * n + 0.5).astype(int))) if share else np.zeros_like(n)
+
     n = np.asarray(n)
     n_test = part(n, test)
-    n_val = np.minimum(n-n_test-1, part(n, val))
-    return n-n_val-n_test, n_val, n_test
+    n_val = np.minimum(n - n_test - 1, part(n, val))
+    return n - n_val - n_test, n_val, n_test
 
 # %% ../nbs/02_datasets.ipynb #0f088737
 def stratified_split(
-    names:Iterable[str], # (n,) file names
-    classes:Iterable[str], # (n,) class of each
-    val:float=0.1, # share for validation
-    test:float=0.2, # share for testing
-)->np.ndarray: # (n,) 'train', 'val' or 'test'
+    names: Iterable[str],  # (n,) file names
+    classes: Iterable[str],  # (n,) class of each
+    val: float = 0.1,  # share for validation
+    test: float = 0.2,  # share for testing
+) -> np.ndarray:  # (n,) 'train', 'val' or 'test'
     "Split by rank of the name's hash within its class"
     d = pd.DataFrame({'name': list(names), 'class': list(classes)})
     d['hash'] = [name_hash(Path(o).name) for o in d['name']]
     d['rank'] = d.sort_values(['hash', 'name']).groupby('class').cumcount()
     _, n_val, n_test = split_counts(d.groupby('class')['class'].transform('size').to_numpy(), val, test)
-    return np.where(d['rank'] < n_test, 'test', np.where(d['rank'] < n_test+n_val, 'val', 'train'))
+    return np.where(d['rank'] < n_test, 'test', np.where(d['rank'] < n_test + n_val, 'val', 'train'))
 
 # %% ../nbs/02_datasets.ipynb #0fb92fa6
 SPLITS = ('train', 'val', 'test', 'unseen')
 
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageTable:
     "Images, the tree that their classes belong to, and who trains and who tests"
-    samples:pd.DataFrame # one row an image: `path` (absolute), `class` (label, name or path of a node, see `Taxonomy.label_index`), `split` (one of `SPLITS`)
-    taxonomy:Taxonomy # tree with all the classes
-    name:str # of the data set
-    root:Path # folder that all the paths lie in
-    fill:str|None=None # how to pad an image to a square: 'white', 'edge', or None to leave that to the backbone
-    notes:tuple[str,...]=() # what was left out, or decided, on the way
 
-    def __len__(self)->int: return len(self.samples)
+    # one row an image: `path` (absolute), `class` (label, name or path of a node, see `Taxonomy.label_index`), `split`
+    # (one of `SPLITS`)
+    samples: pd.DataFrame
+    taxonomy: Taxonomy  # tree with all the classes
+    name: str  # of the data set
+    root: Path  # folder that all the paths lie in
+    fill: str | None = None  # how to pad an image to a square: 'white', 'edge', or None to leave that to the backbone
+    notes: tuple[str, ...] = ()  # what was left out, or decided, on the way
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     @cached_property
-    def targets(self)->np.ndarray: # (n,) node ids, of leaves or inner nodes
+    def targets(self) -> np.ndarray:  # (n,) node ids, of leaves or inner nodes
         "What the images show, as nodes of the taxonomy"
         code, names = pd.factorize(self.samples['class'])
         return self.taxonomy.label_index(names)[code]
 
     @cached_property
-    def fingerprint(self)->str: # 16 hexadecimal digits
+    def fingerprint(self) -> str:  # 16 hexadecimal digits
         "Hash of file names, classes, splits and tree; the same wherever the files lie"
         files = [Path(os.path.relpath(o, self.root)).as_posix() for o in self.samples['path']]
-        return fingerprint(self.name, files, self.samples['class'].tolist(), self.samples['split'].tolist(), self.taxonomy.fingerprint, self.fill)
+        return fingerprint(
+            self.name,
+            files,
+            self.samples['class'].tolist(),
+            self.samples['split'].tolist(),
+            self.taxonomy.fingerprint,
+            self.fill,
+        )
 
-    def __repr__(self)->str:
+    def __repr__(self) -> str:
         n = self.samples['split'].value_counts()
         parts = ', '.join(f'{n[o]:,} {o}' for o in SPLITS if o in n)
-        return '\n  '.join([f"ImageTable {self.name!r}: {len(self):,} images ({parts}) of {self.samples['class'].nunique()} classes, {self.taxonomy!r}", *self.notes])
+        return '\n  '.join(
+            [
+                f"ImageTable {self.name!r}: {len(self):,} images ({parts}) of {self.samples['class'].nunique()} "
+                f"classes, {self.taxonomy!r}",
+                *self.notes,
+            ]
+        )
 
 # %% ../nbs/02_datasets.ipynb #633dc162
 @patch
 def summary(
-    self:ImageTable
-)->pd.DataFrame: # one row a split and one for all: images, classes, images of the smallest, median and largest class, classes of one image
+    self: ImageTable,
+    # one row a split and one for all: images, classes, images of the smallest, median and largest class, classes of one
+    # image
+) -> pd.DataFrame:
     "How many images and classes each split has, and how long the tail is"
+
     def row(d):
         n = d['class'].value_counts()
-        return {'images': len(d), 'classes': len(n), 'smallest': n.min(), 'median': n.median(), 'largest': n.max(), 'of one image': (n == 1).sum()}
+        return {
+            'images': len(d),
+            'classes': len(n),
+            'smallest': n.min(),
+            'median': n.median(),
+            'largest': n.max(),
+            'of one image': (n == 1).sum(),
+        }
+
     by = {o: row(d) for o in SPLITS if len(d := self.samples[self.samples['split'] == o])}
     return pd.DataFrame({**by, 'all': row(self.samples)}).T.astype(int)
 
 # %% ../nbs/02_datasets.ipynb #1c10a7a1
 @patch
 def plot(
-    self:ImageTable,
-    branches:int=8, # of the root's children get a colour of their own, the largest first
-)->'matplotlib.figure.Figure':
+    self: ImageTable,
+    branches: int = 8,  # of the root's children get a colour of their own, the largest first
+) -> 'matplotlib.figure.Figure':
     "The long tail: images of each class, the commonest first, and where in the tree they are"
     import matplotlib.pyplot as plt, seaborn as sns
+
     tax, (nodes, n) = self.taxonomy, np.unique(self.targets, return_counts=True)
-    d = pd.DataFrame({'images': n, 'branch': [tax.names[tax.ancestors(i)[:2][-1]] for i in nodes]}).sort_values('images', ascending=False, ignore_index=True)
+    d = pd.DataFrame({'images': n, 'branch': [tax.names[tax.ancestors(i)[:2][-1]] for i in nodes]}).sort_values(
+        'images', ascending=False, ignore_index=True
+    )
     size = d.groupby('branch')['images'].sum().sort_values(ascending=False)
-    if len(size) > branches: d['branch'] = d['branch'].where(d['branch'].isin(size.index[:branches-1]), f'{len(size)-branches+1} others')
+    if len(size) > branches:
+        d['branch'] = d['branch'].where(
+            d['branch'].isin(size.index[: branches - 1]), f'{len(size) - branches + 1} others'
+        )
     by = d.groupby('branch')['images'].agg(['sum', 'size']).sort_values('sum', ascending=False)
     colour = dict(zip(by.index, sns.color_palette('deep', len(by))))
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(2, 1), layout='constrained')
-    left.bar(d.index+1, d['images'], width=1, color=d['branch'].map(colour)); left.set(xlabel='classes, the commonest first', ylabel='images', yscale='log', title=f'{self.name}: {len(self):,} images of {len(d)} classes')
-    right.barh(by.index, by['sum'], color=by.index.map(colour)); right.invert_yaxis(); right.set(xlabel='images', xlim=(0, by['sum'].max()*1.35))
-    for i, (images, classes) in enumerate(by.itertuples(index=False)): right.text(images, i, f" {classes} class{'es' if classes > 1 else ''}", va='center', fontsize=8)
-    sns.despine(fig); plt.close(fig)
+    left.bar(d.index + 1, d['images'], width=1, color=d['branch'].map(colour))
+    left.set(
+        xlabel='classes, the commonest first',
+        ylabel='images',
+        yscale='log',
+        title=f'{self.name}: {len(self):,} images of {len(d)} classes',
+    )
+    right.barh(by.index, by['sum'], color=by.index.map(colour))
+    right.invert_yaxis()
+    right.set(xlabel='images', xlim=(0, by['sum'].max() * 1.35))
+    for i, (images, classes) in enumerate(by.itertuples(index=False)):
+        right.text(images, i, f" {classes} class{'es' if classes > 1 else ''}", va='center', fontsize=8)
+    sns.despine(fig)
+    plt.close(fig)
     return fig
 
 # %% ../nbs/02_datasets.ipynb #8a515fea
 _HEIC = {'.heic', '.heif', '.hif'}
-IMAGE_TYPES = {'.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.dib', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm'} | (_HEIC if find_spec('pillow_heif') else set())
+IMAGE_TYPES = {
+    '.jpg',
+    '.jpeg',
+    '.jpe',
+    '.jfif',
+    '.png',
+    '.bmp',
+    '.dib',
+    '.gif',
+    '.tif',
+    '.tiff',
+    '.webp',
+    '.ppm',
+    '.pgm',
+    '.pbm',
+    '.pnm',
+} | (_HEIC if find_spec('pillow_heif') else set())
+
 
 def find_images(
-    folder:str|Path, # searched with all its subfolders; hidden ones are passed over
-)->tuple[pd.DataFrame,list[str]]: # `path` and `folder` (relative, with /) of each image, sorted; other files and hidden images, relative
+    folder: str | Path,  # searched with all its subfolders; hidden ones are passed over
+) -> tuple[
+    pd.DataFrame, list[str]
+]:  # `path` and `folder` (relative, with /) of each image, sorted; other files and hidden images, relative
     "All images below a folder, in an order that does not depend on the machine"
     folder = Path(folder).expanduser().resolve()
-    if not folder.is_dir(): raise HiermetricError(f"There is no folder {folder}.{_nearby(folder)}")
-    def stop(e): raise HiermetricError(f"The folder {e.filename} cannot be read ({e.strerror}); make it readable or move it away.") from e
+    if not folder.is_dir():
+        raise HiermetricError(f"There is no folder {folder}.{_nearby(folder)}")
+
+    def stop(e):
+        raise HiermetricError(
+            f"The folder {e.filename} cannot be read ({e.strerror}); make it readable or move it away."
+        ) from e
+
     found, other, seen = [], [], {}
     for here, dirs, files in os.walk(folder, followlinks=True, onerror=stop):
         if (real := os.path.realpath(here)) in seen:
             dirs.clear()
-            if real in {os.path.realpath(o) for o in Path(here).parents}: continue   # a link that leads back
-            raise HiermetricError(f"{seen[real]} and {here} are one folder, by a link, and its images would count twice; take one of the two out of {folder}.")
+            if real in {os.path.realpath(o) for o in Path(here).parents}:
+                continue  # a link that leads back
+            raise HiermetricError(
+                f"{seen[real]} and {here} are one folder, by a link, and its images would count twice; take one "
+                f"of the two out of {folder}."
+            )
         seen[real] = here
         dirs[:] = sorted(o for o in dirs if not o.startswith('.') and o != '__MACOSX')
         rel = Path(here).relative_to(folder).as_posix()
         for o in files:
             image, hidden = os.path.splitext(o)[1].lower() in IMAGE_TYPES, o.startswith('.')
-            if image and not hidden: found.append((rel, o))
-            elif not hidden or image and not o.startswith('._'): other.append(o if rel == '.' else f'{rel}/{o}')   # ._x.jpg is macOS's, and no image
+            if image and not hidden:
+                found.append((rel, o))
+            elif not hidden or image and not o.startswith('._'):
+                other.append(o if rel == '.' else f'{rel}/{o}')  # ._x.jpg is macOS's, and no image
     found.sort()
-    return pd.DataFrame({'path': [str(folder/r/o) for r,o in found], 'folder': [r for r,_ in found]}, dtype=str), sorted(other)
+    return pd.DataFrame(
+        {'path': [str(folder / r / o) for r, o in found], 'folder': [r for r, _ in found]}, dtype=str
+    ), sorted(other)
 
-def _nearby(path:Path)->str:
+
+def _nearby(path: Path) -> str:
     "Folders beside a missing one whose names are like it"
     return did_you_mean(path.name, [o.name for o in path.parent.iterdir()]) if path.parent.is_dir() else ''
 
 # %% ../nbs/02_datasets.ipynb #f4ddf118
-_SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'testing': 'test'}
+_SPLIT_FOLDERS = {
+    'train': 'train',
+    'training': 'train',
+    'val': 'val',
+    'valid': 'val',
+    'validation': 'val',
+    'test': 'test',
+    'testing': 'test',
+}
+
 
 def split_folders(
-    found:pd.DataFrame, # as from `find_images`
-)->pd.DataFrame: # with `split` ('' where nobody has decided), and `folder` without it
+    found: pd.DataFrame,  # as from `find_images`
+) -> pd.DataFrame:  # with `split` ('' where nobody has decided), and `folder` without it
     "Read the split off `train/`, `val/` and `test/`, where the folder has them"
     top, _, rest = zip(*found['folder'].str.partition('/').itertuples(index=False, name=None))
-    if not ({'train'} <= {_SPLIT_FOLDERS.get(o.lower()) for o in top} and all(o.lower() in _SPLIT_FOLDERS for o in top) and all(rest)):
+    if not (
+        {'train'} <= {_SPLIT_FOLDERS.get(o.lower()) for o in top}
+        and all(o.lower() in _SPLIT_FOLDERS for o in top)
+        and all(rest)
+    ):
         return found.assign(split='')
     split = [_SPLIT_FOLDERS[o.lower()] for o in top]
     return found.assign(split=split, folder=list(rest))
 
 # %% ../nbs/02_datasets.ipynb #b238fac9
 def read_taxonomy(
-    taxonomy:Taxonomy|str|Path, # a tree, or a file with one: .csv or .tsv (class,lineage or rank columns), .nwk or .newick, .npz
-    tree:int|None=None, # which one, counted from 1, where a Newick file holds several; None: the first
-    sep:str|None=None, # between the ranks of the lineages in a CSV; None: what the file uses
-)->Taxonomy:
+    # a tree, or a file with one: .csv or .tsv (class,lineage or rank columns), .nwk or .newick, .npz
+    taxonomy: Taxonomy | str | Path,
+    tree: int | None = None,  # which one, counted from 1, where a Newick file holds several; None: the first
+    sep: str | None = None,  # between the ranks of the lineages in a CSV; None: what the file uses
+) -> Taxonomy:
     "A tree from whatever holds one"
-    if isinstance(taxonomy, Taxonomy): return taxonomy
-    path = Path(taxonomy).expanduser(); kind = path.suffix.lower()
-    if not path.is_file(): raise HiermetricError(f"There is no taxonomy file {path}.{_nearby(path)}")
-    if sep is not None and kind not in ('.csv', '.tsv'): raise HiermetricError(f"{path} is no CSV, so it holds no lineages that {sep!r} could part.")
-    if kind in ('.nwk', '.newick', '.tre', '.tree'): return Taxonomy.from_newick(path, tree=tree)
-    if tree is not None: raise HiermetricError(f"{path} is no Newick file, so it holds one tree and no tree {tree}.")
-    if kind in ('.csv', '.tsv'): return Taxonomy.from_csv(path, sep=sep)
-    if kind != '.npz': raise HiermetricError(f"{path} is no taxonomy that can be read; give a .csv with the columns class and lineage, a Newick tree (.nwk) or a saved tree (.npz).")
+    if isinstance(taxonomy, Taxonomy):
+        return taxonomy
+    path = Path(taxonomy).expanduser()
+    kind = path.suffix.lower()
+    if not path.is_file():
+        raise HiermetricError(f"There is no taxonomy file {path}.{_nearby(path)}")
+    if sep is not None and kind not in ('.csv', '.tsv'):
+        raise HiermetricError(f"{path} is no CSV, so it holds no lineages that {sep!r} could part.")
+    if kind in ('.nwk', '.newick', '.tre', '.tree'):
+        return Taxonomy.from_newick(path, tree=tree)
+    if tree is not None:
+        raise HiermetricError(f"{path} is no Newick file, so it holds one tree and no tree {tree}.")
+    if kind in ('.csv', '.tsv'):
+        return Taxonomy.from_csv(path, sep=sep)
+    if kind != '.npz':
+        raise HiermetricError(
+            f"{path} is no taxonomy that can be read; give a .csv with the columns class and lineage, a Newick "
+            "tree (.nwk) or a saved tree (.npz)."
+        )
     return Taxonomy.load(path)
 
 # %% ../nbs/02_datasets.ipynb #fdc05907
 def _class_of(
-    folders:pd.Series, # (n,) folder of each image, relative
-    tax:Taxonomy, # tree to find the classes in
-)->pd.Series: # (n,) class of each image
-    "The class that a folder stands for: its own name, or its whole path where several classes, or several nodes and no class, have that name"
+    folders: pd.Series,  # (n,) folder of each image, relative
+    tax: Taxonomy,  # tree to find the classes in
+) -> pd.Series:  # (n,) class of each image
+    """The class that a folder stands for: its own name, or its whole path where several classes, or several nodes and
+    no class, have that name"""
     names = Counter(tax.names)
     found, place = {}, {}
     for folder in folders.unique():
-        whole = unicodedata.normalize('NFC', _whole(folder)); name = whole.rpartition('/')[2]
-        if len(tax.labels.get(name, ())) != 1 and (names[name] > 1 or name in tax.labels): name = whole
-        if name in place: raise HiermetricError(f"Class {name!r} is in two places, {place[name]} and {folder}; if that is one class, put its images together, and if these are two, rename one or give the taxonomy both.")
+        whole = unicodedata.normalize('NFC', _whole(folder))
+        name = whole.rpartition('/')[2]
+        if len(tax.labels.get(name, ())) != 1 and (names[name] > 1 or name in tax.labels):
+            name = whole
+        if name in place:
+            raise HiermetricError(
+                f"Class {name!r} is in two places, {place[name]} and {folder}; if that is one class, put its "
+                "images together, and if these are two, rename one or give the taxonomy both."
+            )
         found[folder], place[name] = name, folder
     return folders.map(found)
 
 # %% ../nbs/02_datasets.ipynb #be0ec6d9
-def _note(items:Iterable[str], one:str, many:str, most:int=20)->tuple[str,...]:
+def _note(items: Iterable[str], one: str, many: str, most: int = 20) -> tuple[str, ...]:
     "How many there are, with the first names; nothing where there is nothing"
     items = list(items)
-    if not items: return ()
-    return (f"{len(items):,} {one if len(items) == 1 else many} ({', '.join(items[:most])}{', …' if len(items) > most else ''})",)
+    if not items:
+        return ()
+    return (
+        f"{len(items):,} {one if len(items) == 1 else many} "
+        f"({', '.join(items[:most])}{', …' if len(items) > most else ''})",
+    )
 
 # %% ../nbs/02_datasets.ipynb #d5c1d0a1
-_PICTURES = _HEIC | set('.avif .jxl .jp2 .j2k .jpf .jpx .psd .svg .eps .tga .ico .icns .pcx .exr .hdr .dds .dng .cr2 .cr3 .crw .nef .nrw .arw .orf .raf .rw2 .pef .srw .raw .dcm .nii .czi .lif .lsm .nd2 .oib .oif .vsi .svs .ndpi .fits'.split())
+_PICTURES = _HEIC | set(
+    '.avif .jxl .jp2 .j2k .jpf .jpx .psd .svg .eps .tga .ico .icns .pcx .exr .hdr .dds .dng .cr2 .cr3 .crw .nef '
+    '.nrw .arw .orf .raf .rw2 .pef .srw .raw .dcm .nii .czi .lif .lsm .nd2 .oib .oif .vsi .svs .ndpi .fits'.split()
+)
+
 
 def _left_out(
-    other:Iterable[str], # files that are not taken, relative
-)->tuple[str,...]:
+    other: Iterable[str],  # files that are not taken, relative
+) -> tuple[str, ...]:
     "Notes on them: what is no image, pictures of kinds that are not read, what nobody can tell, and hidden images"
     kind = {o: os.path.splitext(o)[1].lower() for o in other}
-    hidden, unread, bare = ([o for o, k in kind.items() if which(k)] for which in (IMAGE_TYPES.__contains__, (_PICTURES - IMAGE_TYPES).__contains__, ''.__eq__))
-    kinds = {kind[o] for o in unread}; heic, rest = sorted(kinds & _HEIC), sorted(kinds - _HEIC)
-    helps = [f"pip install pillow-heif to read {' and '.join(heic)}" if heic else '', f"save {', '.join(rest)} as PNG or TIFF" if rest else '']
-    return (*_note((o for o in kind if o not in {*hidden, *unread, *bare}), 'file that is no image was left out', 'files that are no images were left out'),
-        *(f"{o}: {' and '.join(filter(None, helps))}" for o in _note(unread, 'picture of a kind that is not read was left out', 'pictures of kinds that are not read were left out')),
-        *(f"{o}: give it one such as .jpg where it is an image" for o in _note(bare, 'file without a suffix was left out', 'files without a suffix were left out')),
-        *(f"{o}: rename what should count" for o in _note(hidden, 'hidden image was left out', 'hidden images were left out')))
+    hidden, unread, bare = (
+        [o for o, k in kind.items() if which(k)]
+        for which in (IMAGE_TYPES.__contains__, (_PICTURES - IMAGE_TYPES).__contains__, ''.__eq__)
+    )
+    kinds = {kind[o] for o in unread}
+    heic, rest = sorted(kinds & _HEIC), sorted(kinds - _HEIC)
+    helps = [
+        f"pip install pillow-heif to read {' and '.join(heic)}" if heic else '',
+        f"save {', '.join(rest)} as PNG or TIFF" if rest else '',
+    ]
+    return (
+        *_note(
+            (o for o in kind if o not in {*hidden, *unread, *bare}),
+            'file that is no image was left out',
+            'files that are no images were left out',
+        ),
+        *(
+            f"{o}: {' and '.join(filter(None, helps))}"
+            for o in _note(
+                unread,
+                'picture of a kind that is not read was left out',
+                'pictures of kinds that are not read were left out',
+            )
+        ),
+        *(
+            f"{o}: give it one such as .jpg where it is an image"
+            for o in _note(bare, 'file without a suffix was left out', 'files without a suffix were left out')
+        ),
+        *(
+            f"{o}: rename what should count"
+            for o in _note(hidden, 'hidden image was left out', 'hidden images were left out')
+        ),
+    )
 
 # %% ../nbs/02_datasets.ipynb #6d60f3c5
 def folder_dataset(
-    folder:str|Path, # folder of class folders
-    taxonomy:Taxonomy|str|Path|None=None, # tree, or file with one, see `read_taxonomy`; else `taxonomy.csv` in the folder, else the nesting of the folders
-    fill:str|None=None, # background to pad with: 'white', 'edge'
-    name:str|None=None, # of the data set; the folder's by default
-)->ImageTable: # with `split` '' where the folder does not decide it
+    folder: str | Path,  # folder of class folders
+    # tree, or file with one, see `read_taxonomy`; else `taxonomy.csv` in the folder, else the nesting of the folders
+    taxonomy: Taxonomy | str | Path | None = None,
+    fill: str | None = None,  # background to pad with: 'white', 'edge'
+    name: str | None = None,  # of the data set; the folder's by default
+) -> ImageTable:  # with `split` '' where the folder does not decide it
     "Read a folder of class folders"
     folder = Path(folder).expanduser().resolve()
     found, other = find_images(folder)
     left_out = _left_out(o for o in other if o != 'taxonomy.csv')
-    if not len(found): raise HiermetricError(f"There is no image in {folder}: it should hold one folder a class, with {', '.join(sorted(IMAGE_TYPES))} files in it.{''.join(f' {o}.' for o in left_out)}")
-    if taxonomy is None and (folder/'taxonomy.csv').is_file(): taxonomy = folder/'taxonomy.csv'
+    if not len(found):
+        raise HiermetricError(
+            f"There is no image in {folder}: it should hold one folder a class, with "
+            f"{', '.join(sorted(IMAGE_TYPES))} files in it.{''.join(f' {o}.' for o in left_out)}"
+        )
+    if taxonomy is None and (folder / 'taxonomy.csv').is_file():
+        taxonomy = folder / 'taxonomy.csv'
     loose = found['folder'] == '.'
-    if loose.all(): raise HiermetricError(f"The images in {folder} lie beside each other; put them into one folder a class.")
+    if loose.all():
+        raise HiermetricError(f"The images in {folder} lie beside each other; put them into one folder a class.")
     d = split_folders(found[~loose].reset_index(drop=True))
     tax = Taxonomy.from_paths(sorted(set(d['folder']))) if taxonomy is None else read_taxonomy(taxonomy)
-    d['class'] = pd.concat([_class_of(o['folder'], tax) for _,o in d.groupby('split')])
-    notes = left_out + _note((Path(o).name for o in found['path'][loose]), 'image outside any class folder was left out', 'images outside any class folder were left out')
+    d['class'] = pd.concat([_class_of(o['folder'], tax) for _, o in d.groupby('split')])
+    notes = left_out + _note(
+        (Path(o).name for o in found['path'][loose]),
+        'image outside any class folder was left out',
+        'images outside any class folder were left out',
+    )
     return ImageTable(d[['path', 'class', 'split']], tax, name or folder.name, folder, fill, notes)
 
 # %% ../nbs/02_datasets.ipynb #7935de3d
-def _check_classes(table:ImageTable)->None:
+def _check_classes(table: ImageTable) -> None:
     "Raise for classes that the tree does not have"
     known = {*table.taxonomy.labels, *table.taxonomy.names}
+
     def there(c):
-        try: table.taxonomy.label_index([c]); return True
-        except HiermetricError: return False
+        try:
+            table.taxonomy.label_index([c])
+            return True
+        except HiermetricError:
+            return False
+
     bad = [c for c in sorted(table.samples['class'].unique()) if c not in known and not there(c)]
-    if not bad: table.targets; return   # which raises for a name of several nodes
-    paths = table.samples['path'][table.samples['class'].isin(bad)]; first = paths[table.samples['class'] == bad[0]].iloc[0]
-    more = f" (and {len(bad)-1} more: {', '.join(map(repr, bad[1:20]))}{', …' if len(bad) > 20 else ''})" if len(bad) > 1 else ''
-    raise HiermetricError(f"Class {bad[0]!r}{more} is not in the taxonomy; it is the class of {first} ({len(paths):,} image{'s' if len(paths) > 1 else ''} in all). Add it to the taxonomy or rename its folder.{did_you_mean(bad[0], known)}")
+    if not bad:
+        table.targets
+        return  # which raises for a name of several nodes
+    paths = table.samples['path'][table.samples['class'].isin(bad)]
+    first = paths[table.samples['class'] == bad[0]].iloc[0]
+    more = (
+        f" (and {len(bad) - 1} more: {', '.join(map(repr, bad[1:20]))}{', …' if len(bad) > 20 else ''})"
+        if len(bad) > 1
+        else ''
+    )
+    raise HiermetricError(
+        f"Class {bad[0]!r}{more} is not in the taxonomy; it is the class of {first} ({len(paths):,} "
+        f"image{'s' if len(paths) > 1 else ''} in all). Add it to the taxonomy or rename its "
+        f"folder.{did_you_mean(bad[0], known)}"
+    )
 
 # %% ../nbs/02_datasets.ipynb #f566f8c6
-def _carve(table:ImageTable, val:float, test:float)->ImageTable:
+def _carve(table: ImageTable, val: float, test: float) -> ImageTable:
     "Decide the splits that nobody has decided, out of what would otherwise train"
     d = table.samples.copy()
     given = set(d['split'])
     pool = d['split'].isin(['', 'train']).to_numpy()
-    d.loc[pool, 'split'] = stratified_split(d['path'][pool], d['class'][pool], 0 if 'val' in given else val, 0 if 'test' in given else test)
+    d.loc[pool, 'split'] = stratified_split(
+        d['path'][pool], d['class'][pool], 0 if 'val' in given else val, 0 if 'test' in given else test
+    )
     n = d['class'].value_counts()
     trained = set(d['class'][d['split'] == 'train'])
-    notes = _note(sorted(n.index[(n == 1) & n.index.isin(trained)]), 'class has a single image, which trains', 'classes have a single image, which trains')
-    return replace(table, samples=d, notes=table.notes + notes + _note(sorted(set(n.index)-trained), 'class is never trained', 'classes are never trained'))
+    notes = _note(
+        sorted(n.index[(n == 1) & n.index.isin(trained)]),
+        'class has a single image, which trains',
+        'classes have a single image, which trains',
+    )
+    return replace(
+        table,
+        samples=d,
+        notes=table.notes
+        + notes
+        + _note(sorted(set(n.index) - trained), 'class is never trained', 'classes are never trained'),
+    )
 
 # %% ../nbs/02_datasets.ipynb #ad98e1c9
-def _held_out(table:ImageTable, held_out:int|Iterable[str])->ImageTable:
+def _held_out(table: ImageTable, held_out: int | Iterable[str]) -> ImageTable:
     "Give the images of some classes to the split `unseen`"
     d, tax = table.samples, table.taxonomy
     classes = d['class'].unique()
     if isinstance(held_out, int):
-        fork = dict(zip(classes, tax.chainless.parents[tax.to_chainless[tax.label_index(classes)]]))   # where the nearest relatives part
-        left = pd.Series(list(fork.values())).value_counts()                 # classes that stay there
+        fork = dict(
+            zip(classes, tax.chainless.parents[tax.to_chainless[tax.label_index(classes)]])
+        )  # where the nearest relatives part
+        left = pd.Series(list(fork.values())).value_counts()  # classes that stay there
         chosen = []
         for c in sorted(classes, key=name_hash):
-            if len(chosen) < held_out and left[p := fork[c]] > 1: chosen.append(c); left[p] -= 1
-        if len(chosen) < held_out: raise HiermetricError(f"{held_out} classes cannot be held out of {len(classes)}: {len(chosen)} have a sibling that stays. Ask for fewer, or name them.")
+            if len(chosen) < held_out and left[p := fork[c]] > 1:
+                chosen.append(c)
+                left[p] -= 1
+        if len(chosen) < held_out:
+            raise HiermetricError(
+                f"{held_out} classes cannot be held out of {len(classes)}: {len(chosen)} have a sibling that "
+                "stays. Ask for fewer, or name them."
+            )
     else:
         known = {_clean(c): c for c in classes}
         chosen = [known.get(_clean(c), c) for c in ([held_out] if isinstance(held_out, str) else held_out)]
-        if bad := [c for c in chosen if c not in set(classes)]: raise HiermetricError(f"Class {bad[0]!r} cannot be held out: {table.name} has no images of it.{did_you_mean(bad[0], classes)}")
-    if not chosen: return table
+        if bad := [c for c in chosen if c not in set(classes)]:
+            raise HiermetricError(
+                f"Class {bad[0]!r} cannot be held out: {table.name} has no images of it.{did_you_mean(bad[0], classes)}"
+            )
+    if not chosen:
+        return table
     split = d['split'].mask(d['class'].isin(chosen), 'unseen')
-    return replace(table, samples=d.assign(split=split), notes=table.notes + _note(sorted(chosen), 'class is held out', 'classes are held out'))
+    return replace(
+        table,
+        samples=d.assign(split=split),
+        notes=table.notes + _note(sorted(chosen), 'class is held out', 'classes are held out'),
+    )
 
 # %% ../nbs/02_datasets.ipynb #388f66e3
-def _cut(table:ImageTable, keep_empty:bool, contract:bool)->ImageTable:
+def _cut(table: ImageTable, keep_empty: bool, contract: bool) -> ImageTable:
     "Reduce the tree to what the images belong to, and contract its chains where that is asked for"
     tax, nodes, notes = table.taxonomy, np.unique(table.targets), ()
-    named = {k: i for k,v in tax.labels.items() for i in v} or dict(zip(tax.leaf_names, tax.leaves))
-    shown = set(nodes.tolist()); bare = {k: i for k,i in named.items() if i not in shown}
-    stay = np.searchsorted(nodes, tax.last, 'right') > np.searchsorted(nodes, np.arange(len(tax)))   # an image at the node or below it
+    named = {k: i for k, v in tax.labels.items() for i in v} or dict(zip(tax.leaf_names, tax.leaves))
+    shown = set(nodes.tolist())
+    bare = {k: i for k, i in named.items() if i not in shown}
+    stay = np.searchsorted(nodes, tax.last, 'right') > np.searchsorted(
+        nodes, np.arange(len(tax))
+    )  # an image at the node or below it
     new = tax if keep_empty or stay.all() else tax.spanning(nodes)
-    if not keep_empty: notes += _note(sorted(k for k,i in bare.items() if not stay[i]), 'class without images was cut from the tree', 'classes without images were cut from the tree')
-    notes += _note(sorted(k for k,i in bare.items() if keep_empty or stay[i]), 'class has no images of its own', 'classes have no images of their own')
-    if tax.labels: notes += _note(sorted(set(table.samples['class']) - {*tax.labels, *map(tax.path, nodes)}), 'class has no row in the table and was found by the name of its node', 'classes have no row in the table and were found by the names of their nodes')
+    if not keep_empty:
+        notes += _note(
+            sorted(k for k, i in bare.items() if not stay[i]),
+            'class without images was cut from the tree',
+            'classes without images were cut from the tree',
+        )
+    notes += _note(
+        sorted(k for k, i in bare.items() if keep_empty or stay[i]),
+        'class has no images of its own',
+        'classes have no images of their own',
+    )
+    if tax.labels:
+        notes += _note(
+            sorted(set(table.samples['class']) - {*tax.labels, *map(tax.path, nodes)}),
+            'class has no row in the table and was found by the name of its node',
+            'classes have no row in the table and were found by the names of their nodes',
+        )
     if contract:
-        keep = {*nodes, *(o for c in table.samples['class'].unique() if '/' in c for o in tax.ancestors(c))}   # a class that is known by its path needs it
+        keep = {
+            *nodes,
+            *(o for c in table.samples['class'].unique() if '/' in c for o in tax.ancestors(c)),
+        }  # a class that is known by its path needs it
         whole, new = len(new), new.prune(keep=[tax.path(o) for o in keep])
-        if len(new) < whole: notes += (f"{whole-len(new)} inner nodes with a single child were contracted",)
+        if len(new) < whole:
+            notes += (f"{whole - len(new)} inner nodes with a single child were contracted",)
     return replace(table, taxonomy=new, notes=table.notes + notes)
 
 # %% ../nbs/02_datasets.ipynb #be85cd7e
 def _complete(
-    table:ImageTable, # as a loader found it
-    held_out:int|Iterable[str], # classes whose images go to the split `unseen`
-    val:float, # share for validation, where no split is given
-    test:float, # share for testing, where no split is given
-    keep_empty:bool, # keep classes without images in the tree?
-    contract:bool, # take inner nodes with a single child out of the tree?
-)->ImageTable:
+    table: ImageTable,  # as a loader found it
+    held_out: int | Iterable[str],  # classes whose images go to the split `unseen`
+    val: float,  # share for validation, where no split is given
+    test: float,  # share for testing, where no split is given
+    keep_empty: bool,  # keep classes without images in the tree?
+    contract: bool,  # take inner nodes with a single child out of the tree?
+) -> ImageTable:
     "From what is found to what is used: classes checked, tree cut down, splits decided"
-    if not (0 <= val and 0 <= test and val+test < 1): raise HiermetricError(f"The shares val={val} and test={test} leave nothing to train on; they are fractions whose sum is below 1.")
+    if not (0 <= val and 0 <= test and val + test < 1):
+        raise HiermetricError(
+            f"The shares val={val} and test={test} leave nothing to train on; they are fractions whose sum is below 1."
+        )
     _check_classes(table)
     table = replace(table, samples=table.samples.sort_values('path', ignore_index=True))
     return _held_out(_carve(_cut(table, keep_empty, contract), val, test), held_out)
@@ -327,672 +568,1287 @@ def _complete(
 @dataclass(frozen=True)
 class Source:
     "Where a data set comes from"
-    archives:tuple[str,...] # names the archive may have in the data folder; the last one is the official one
-    url:str # official address
-    checksum:str|None=None # as published; None where nobody publishes one
+
+    archives: tuple[str, ...]  # names the archive may have in the data folder; the last one is the official one
+    url: str  # official address
+    checksum: str | None = None  # as published; None where nobody publishes one
+
 
 def locate(
-    source:Source,
-    root:str|Path|None=None, # folder to look in (or the unpacked data, or the archive); by default `data_dir()`, then the cache
-)->Path: # folder with the unpacked data
+    source: Source,
+    # folder to look in (or the unpacked data, or the archive); by default `data_dir()`, then the cache
+    root: str | Path | None = None,
+) -> Path:  # folder with the unpacked data
     "Find a data set on this machine, or fetch it"
     if root is not None:
         root = Path(root).expanduser().resolve()
-        if not root.exists(): raise HiermetricError(f"There is no {root}; give the folder that holds {source.archives[-1]}.{_nearby(root)}")
-        if root.is_file(): return _unpacked(root)
-    for folder in [root] if root else [data_dir(), cache_dir()/'data']:
+        if not root.exists():
+            raise HiermetricError(
+                f"There is no {root}; give the folder that holds {source.archives[-1]}.{_nearby(root)}"
+            )
+        if root.is_file():
+            return _unpacked(root)
+    for folder in [root] if root else [data_dir(), cache_dir() / 'data']:
         for o in source.archives:
-            if (folder/o).is_file(): return _unpacked(folder/o)
-    if root: return root
-    archive = download(source.url, cache_dir()/'data'/source.archives[-1], source.checksum)
-    if source.checksum is None: warnings.warn(f"Nobody publishes a checksum of {archive.name}: that it is what its authors meant cannot be checked, only that it is whole.", stacklevel=3)
+            if (folder / o).is_file():
+                return _unpacked(folder / o)
+    if root:
+        return root
+    archive = download(source.url, cache_dir() / 'data' / source.archives[-1], source.checksum)
+    if source.checksum is None:
+        warnings.warn(
+            f"Nobody publishes a checksum of {archive.name}: that it is what its authors meant cannot be checked, "
+            "only that it is whole.",
+            stacklevel=3,
+        )
     return _unpacked(archive)
 
-def _unpacked(archive:Path)->Path:
+
+def _unpacked(archive: Path) -> Path:
     "The archive's contents, unpacked once; another archive of that name gets another folder"
-    return unpack(archive, cache_dir()/'datasets'/f'{archive.stem}-{fingerprint(archive.name, archive.stat().st_size, archive.stat().st_mtime_ns)[:8]}')
+    return unpack(
+        archive,
+        cache_dir()
+        / 'datasets'
+        / f'{archive.stem}-{fingerprint(archive.name, archive.stat().st_size, archive.stat().st_mtime_ns)[:8]}',
+    )
 
 # %% ../nbs/02_datasets.ipynb #42f67a6a
-TINY_IMAGENET = Source(('tiny-imagenet-200.zip',), 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'md5:90528d7ca1a48142e341f4ef8d21d0de')
+TINY_IMAGENET = Source(
+    ('tiny-imagenet-200.zip',),
+    'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+    'md5:90528d7ca1a48142e341f4ef8d21d0de',
+)
+
 
 def tiny_imagenet(
-    root:str|Path|None=None, # folder with the archive, or with its contents
-    taxonomy:Taxonomy|str|Path|None=None, # another tree over the class names; by default WordNet's
-)->ImageTable: # `split`: 'test' for the official validation images, else ''
+    root: str | Path | None = None,  # folder with the archive, or with its contents
+    taxonomy: Taxonomy | str | Path | None = None,  # another tree over the class names; by default WordNet's
+) -> ImageTable:  # `split`: 'test' for the official validation images, else ''
     "Read Tiny-ImageNet in its official layout"
     base = locate(TINY_IMAGENET, root)
-    home = next((o for o in [base, base/'tiny-imagenet-200'] if (o/'wnids.txt').is_file()), None)
-    if home is None: raise HiermetricError(f"{base} does not hold Tiny-ImageNet: there is no wnids.txt in it. It should be what {TINY_IMAGENET.archives[-1]} unpacks to.")
-    wnids = (home/'wnids.txt').read_text().split()
+    home = next((o for o in [base, base / 'tiny-imagenet-200'] if (o / 'wnids.txt').is_file()), None)
+    if home is None:
+        raise HiermetricError(
+            f"{base} does not hold Tiny-ImageNet: there is no wnids.txt in it. It should be what "
+            f"{TINY_IMAGENET.archives[-1]} unpacks to."
+        )
+    wnids = (home / 'wnids.txt').read_text().split()
     name = dict(zip(wnids, wordnet_names(wnids)))
-    train, _ = find_images(home/'train')
-    test, _ = find_images(home/'val')
-    truth = dict(line.split('\t')[:2] for line in (home/'val'/'val_annotations.txt').read_text().splitlines())
-    train['class'], test['class'] = train['folder'].str.partition('/')[0].map(name), test['path'].map(lambda o: name.get(truth.get(Path(o).name)))
+    train, _ = find_images(home / 'train')
+    test, _ = find_images(home / 'val')
+    truth = dict(line.split('\t')[:2] for line in (home / 'val' / 'val_annotations.txt').read_text().splitlines())
+    train['class'] = train['folder'].str.partition('/')[0].map(name)
+    test['class'] = test['path'].map(lambda o: name.get(truth.get(Path(o).name)))
     d = pd.concat([train.assign(split=''), test.assign(split='test')], ignore_index=True)
     lost = d['class'].isna()
-    notes = _note((Path(o).name for o in d['path'][lost]), 'image without a label was left out', 'images without a label were left out')
-    return ImageTable(d.loc[~lost, ['path', 'class', 'split']], wordnet_taxonomy(wnids) if taxonomy is None else read_taxonomy(taxonomy), 'tiny-imagenet', home, None, notes)
+    notes = _note(
+        (Path(o).name for o in d['path'][lost]),
+        'image without a label was left out',
+        'images without a label were left out',
+    )
+    return ImageTable(
+        d.loc[~lost, ['path', 'class', 'split']],
+        wordnet_taxonomy(wnids) if taxonomy is None else read_taxonomy(taxonomy),
+        'tiny-imagenet',
+        home,
+        None,
+        notes,
+    )
 
 # %% ../nbs/02_datasets.ipynb #116c71de
-PLANKTONSET = Source(('planktonset-1.0.zip', '0127422.2.3.tar.gz', '127422.2.3.tar.gz'), 'https://www.ncei.noaa.gov/archive/archive-management-system/OAS/bin/prd/jquery/download/127422.2.3.tar.gz')
-_TREES = Path(str(files('hiermetric')/'data'))   # taxonomies that ship with the package
+PLANKTONSET = Source(
+    ('planktonset-1.0.zip', '0127422.2.3.tar.gz', '127422.2.3.tar.gz'),
+    'https://www.ncei.noaa.gov/archive/archive-management-system/OAS/bin/prd/jquery/download/127422.2.3.tar.gz',
+)
+_TREES = Path(str(files('hiermetric') / 'data'))  # taxonomies that ship with the package
+
 
 def planktonset(
-    root:str|Path|None=None, # folder with the archive, or with its contents
-    taxonomy:Taxonomy|str|Path|None=None, # another tree over the class names; by default the one in the package
-)->ImageTable:
+    root: str | Path | None = None,  # folder with the archive, or with its contents
+    # another tree over the class names; by default the one in the package
+    taxonomy: Taxonomy | str | Path | None = None,
+) -> ImageTable:
     "Read PlanktonSet 1.0, as NOAA packs it or as plain class folders"
     base = locate(PLANKTONSET, root)
-    home = next((Path(here)/o for here, dirs, _ in os.walk(base) for o in sorted(dirs) if o.startswith('FINAL_Plankton_Segments')), base)
-    return folder_dataset(home, _TREES/'planktonset-1.0-taxonomy.csv' if taxonomy is None else taxonomy, 'white', 'planktonset')
+    home = next(
+        (
+            Path(here) / o
+            for here, dirs, _ in os.walk(base)
+            for o in sorted(dirs)
+            if o.startswith('FINAL_Plankton_Segments')
+        ),
+        base,
+    )
+    return folder_dataset(
+        home, _TREES / 'planktonset-1.0-taxonomy.csv' if taxonomy is None else taxonomy, 'white', 'planktonset'
+    )
 
 # %% ../nbs/02_datasets.ipynb #7772c25b
-CIFAR_100 = Source(('cifar-100-images.zip', 'cifar-100-binary.tar.gz'), 'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz', 'md5:03b5dce01913d631647c71ecec9e9cb8')
+CIFAR_100 = Source(
+    ('cifar-100-images.zip', 'cifar-100-binary.tar.gz'),
+    'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
+    'md5:03b5dce01913d631647c71ecec9e9cb8',
+)
+
 
 def cifar_to_png(
-    home:str|Path, # folder with train.bin, test.bin and fine_label_names.txt
-    out:str|Path, # written as OUT/{train,test}/CLASS/NUMBER.png; an existing folder is taken as done
-)->Path: # `out`
+    home: str | Path,  # folder with train.bin, test.bin and fine_label_names.txt
+    out: str | Path,  # written as OUT/{train,test}/CLASS/NUMBER.png; an existing folder is taken as done
+) -> Path:  # `out`
     "Convert CIFAR-100's binary version to class folders"
     home, out = Path(home), settle(out)
-    if out.exists(): return out
-    names = (home/'fine_label_names.txt').read_text().split()
+    if out.exists():
+        return out
+    names = (home / 'fine_label_names.txt').read_text().split()
     with in_turn(out):
-        if not out.exists():   # and no other process has just converted them
-            with atomic_path(out) as tmp: _convert(home, tmp, names)
+        if not out.exists():  # and no other process has just converted them
+            with atomic_path(out) as tmp:
+                _convert(home, tmp, names)
     return out
 
-def _convert(home:Path, out:Path, names:list[str])->None:
+
+def _convert(home: Path, out: Path, names: list[str]) -> None:
     for split in 'train', 'test':
-        raw = np.fromfile(home/f'{split}.bin', np.uint8)
-        if raw.size % 3074: raise HiermetricError(f"{home/f'{split}.bin'} is damaged: {raw.size} bytes are no whole number of records of 3074. Delete it and fetch the archive again.")
+        raw = np.fromfile(home / f'{split}.bin', np.uint8)
+        if raw.size % 3074:
+            raise HiermetricError(
+                f"{home / f'{split}.bin'} is damaged: {raw.size} bytes are no whole number of records of 3074. "
+                "Delete it and fetch the archive again."
+            )
         records = raw.reshape(-1, 3074)
-        if len(records) and (top := records[:, 1].max()) >= len(names): raise HiermetricError(f"{home/f'{split}.bin'} has label {top}, but there are {len(names)} names in fine_label_names.txt; fetch the archive again.")
-        for o in np.unique(records[:, 1]): (out/split/names[o]).mkdir(parents=True)
+        if len(records) and (top := records[:, 1].max()) >= len(names):
+            raise HiermetricError(
+                f"{home / f'{split}.bin'} has label {top}, but there are {len(names)} names in "
+                "fine_label_names.txt; fetch the archive again."
+            )
+        for o in np.unique(records[:, 1]):
+            (out / split / names[o]).mkdir(parents=True)
         images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        for i, (label, pixels) in track(enumerate(zip(records[:, 1], images)), f'Converting {split}', total=len(records), transient=True, disable=not sys.stdout.isatty()):
-            Image.fromarray(np.ascontiguousarray(pixels)).save(out/split/names[label]/f'{i:05d}.png', compress_level=1)
+        for i, (label, pixels) in track(
+            enumerate(zip(records[:, 1], images)),
+            f'Converting {split}',
+            total=len(records),
+            transient=True,
+            disable=not sys.stdout.isatty(),
+        ):
+            Image.fromarray(np.ascontiguousarray(pixels)).save(
+                out / split / names[label] / f'{i:05d}.png', compress_level=1
+            )
+
 
 def cifar_100(
-    root:str|Path|None=None, # folder with the archive, or with its contents
-    taxonomy:Taxonomy|str|Path|None=None, # another tree over the class names; by default the 20 superclasses
-)->ImageTable: # official test set kept, validation carved from training
+    root: str | Path | None = None,  # folder with the archive, or with its contents
+    taxonomy: Taxonomy | str | Path | None = None,  # another tree over the class names; by default the 20 superclasses
+) -> ImageTable:  # official test set kept, validation carved from training
     "Read CIFAR-100 from its binary version or from class folders"
     base = locate(CIFAR_100, root)
-    binary = next((o for o in [base, base/'cifar-100-binary'] if (o/'train.bin').is_file()), None)
-    if binary and (gone := [o for o in ('test.bin', 'fine_label_names.txt') if not (binary/o).is_file()]): raise HiermetricError(f"{binary} has no {gone[0]}; delete the folder and fetch the archive again.")
-    if binary: home = cifar_to_png(binary, cache_dir()/'datasets'/f'cifar-100-png-{fingerprint(*(binary/o for o in ("train.bin", "test.bin")))[:8]}')
-    else: home = base/'cifar-100' if (base/'cifar-100').is_dir() else base
-    return folder_dataset(home, _TREES/'cifar-100-taxonomy.csv' if taxonomy is None else taxonomy, None, 'cifar-100')
+    binary = next((o for o in [base, base / 'cifar-100-binary'] if (o / 'train.bin').is_file()), None)
+    if binary and (gone := [o for o in ('test.bin', 'fine_label_names.txt') if not (binary / o).is_file()]):
+        raise HiermetricError(f"{binary} has no {gone[0]}; delete the folder and fetch the archive again.")
+    if binary:
+        home = cifar_to_png(
+            binary,
+            cache_dir()
+            / 'datasets'
+            / f'cifar-100-png-{fingerprint(*(binary / o for o in ("train.bin", "test.bin")))[:8]}',
+        )
+    else:
+        home = base / 'cifar-100' if (base / 'cifar-100').is_dir() else base
+    return folder_dataset(home, _TREES / 'cifar-100-taxonomy.csv' if taxonomy is None else taxonomy, None, 'cifar-100')
 
 # %% ../nbs/02_datasets.ipynb #1af96b07
 class _Dice:
     "Random numbers that are a function of their key alone, on every machine"
-    def __init__(self, *key:int|str):
+
+    def __init__(self, *key: int | str):
         self.bits = np.random.PCG64(np.random.SeedSequence([name_hash(str(o)) for o in key]))
-    def raw(self, n:int)->np.ndarray: return self.bits.random_raw(n)
-    def uniform(self, low:float=0., high:float=1., n:int|None=None)->float|np.ndarray:
-        x = low + (high-low)*((self.raw(n or 1) >> np.uint64(11))*2.**-53)
+
+    def raw(self, n: int) -> np.ndarray:
+        return self.bits.random_raw(n)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, n: int | None = None) -> float | np.ndarray:
+        x = low + (high - low) * ((self.raw(n or 1) >> np.uint64(11)) * 2.0**-53)
         return x if n else float(x[0])
-    def normal(self, n:int|None=None)->float|np.ndarray: # nearly: the sum of four uniform numbers
-        x = (self.uniform(n=4*(n or 1)).reshape(4, -1).sum(0)-2)*3**.5
+
+    def normal(self, n: int | None = None) -> float | np.ndarray:  # nearly: the sum of four uniform numbers
+        x = (self.uniform(n=4 * (n or 1)).reshape(4, -1).sum(0) - 2) * 3**0.5
         return x if n else float(x[0])
-    def integer(self, low:int, high:int)->int: return low + int(self.raw(1)[0] % np.uint64(high-low))   # below `high`
-    def choice(self, items:Sequence)->Any: return items[self.integer(0, len(items))]
-    def shuffled(self, items:Sequence)->list: return [items[i] for i in np.argsort(self.raw(len(items)), kind='stable')]
+
+    def integer(self, low: int, high: int) -> int:
+        return low + int(self.raw(1)[0] % np.uint64(high - low))  # below `high`
+
+    def choice(self, items: Sequence) -> Any:
+        return items[self.integer(0, len(items))]
+
+    def shuffled(self, items: Sequence) -> list:
+        return [items[i] for i in np.argsort(self.raw(len(items)), kind='stable')]
 
 # %% ../nbs/02_datasets.ipynb #ec245804
 @dataclass
 class _Genome:
     "Everything that a species hands on to its individuals"
-    hue:float=.08; sat:float=.55; val:float=.7   # colour of the body
-    hue2:float=.6; contrast:float=-.3            # hue of the pattern, and how much brighter it is than the body
-    pattern:str='plain'; count:int=4             # texture, and how many bands, spots or stripes
-    aspect:float=.4                              # width over length
-    limb:float=1.; antenna:float=1.; tail:float=1.; wing:float=1.; horn:float=0.   # lengths of appendages
-    n:int=5                                      # how many limbs, arms, spines, whorls, ribs or cells
-    shape:float=1.                               # what the body plan makes of it
-    size:float=1.; bend:float=0.; soft:float=.3  # size, bend of the body, and how much individuals differ in it
 
-    def colour(self, value:float=0., alpha:int=255, second:bool=False, sat:float=0.)->tuple[int,int,int,int]:
+    hue: float = 0.08
+    sat: float = 0.55
+    val: float = 0.7  # colour of the body
+    hue2: float = 0.6
+    contrast: float = -0.3  # hue of the pattern, and how much brighter it is than the body
+    pattern: str = 'plain'
+    count: int = 4  # texture, and how many bands, spots or stripes
+    aspect: float = 0.4  # width over length
+    limb: float = 1.0
+    antenna: float = 1.0
+    tail: float = 1.0
+    wing: float = 1.0
+    horn: float = 0.0  # lengths of appendages
+    n: int = 5  # how many limbs, arms, spines, whorls, ribs or cells
+    shape: float = 1.0  # what the body plan makes of it
+    size: float = 1.0
+    bend: float = 0.0
+    soft: float = 0.3  # size, bend of the body, and how much individuals differ in it
+
+    def colour(
+        self, value: float = 0.0, alpha: int = 255, second: bool = False, sat: float = 0.0
+    ) -> tuple[int, int, int, int]:
         "The body's colour (or the pattern's), lighter or darker"
-        rgb = colorsys.hsv_to_rgb((self.hue2 if second else self.hue) % 1, min(1, max(0, self.sat+sat)), min(1, max(0, self.val+value)))
-        return (*(round(255*o) for o in rgb), alpha)
+        rgb = colorsys.hsv_to_rgb(
+            (self.hue2 if second else self.hue) % 1, min(1, max(0, self.sat + sat)), min(1, max(0, self.val + value))
+        )
+        return (*(round(255 * o) for o in rgb), alpha)
+
     @property
-    def ink(self)->tuple[int,int,int,int]: return self.colour(self.contrast, second=True)
+    def ink(self) -> tuple[int, int, int, int]:
+        return self.colour(self.contrast, second=True)
 
 # %% ../nbs/02_datasets.ipynb #1307070b
 class _Pen:
     "Draws parts of a body on a transparent canvas, in the coordinates of its spine"
-    def __init__(self,
-        size:int, # of the canvas, pixels
-        angle:float, # of the body, radians
-        scale:float, # half the length of the body over half the canvas
-        flip:bool=False, # mirrored
-        bend:float=0., wave:float=0., phase:float=0., # of the spine
-    ):
-        self.size, self.unit = size, scale*size/2
-        self.image = Image.new('RGBA', (size, size)); self.draw = ImageDraw.Draw(self.image)
-        c, s = math.cos(angle)*self.unit, math.sin(angle)*self.unit
-        self.turn = np.array([[c, s], [s, -c] if flip else [-s, c]])
-        t = np.linspace(-1, 1, 65); way = bend*t + wave*np.sin(3.5*t+phase)
-        along = np.stack([np.cos(way), np.sin(way)], 1); spine = np.cumsum(along, 0)/32
-        self.frame = np.concatenate([spine-(spine[:1]+spine[-1:])/2, along, np.stack([-along[:, 1], along[:, 0]], 1)], 1)   # (65, 6) place, direction, normal
 
-    def at(self, t, u=0.)->np.ndarray: # (…, 2)
+    def __init__(
+        self,
+        size: int,  # of the canvas, pixels
+        angle: float,  # of the body, radians
+        scale: float,  # half the length of the body over half the canvas
+        flip: bool = False,  # mirrored
+        bend: float = 0.0,
+        wave: float = 0.0,
+        phase: float = 0.0,  # of the spine
+    ):
+        self.size, self.unit = size, scale * size / 2
+        self.image = Image.new('RGBA', (size, size))
+        self.draw = ImageDraw.Draw(self.image)
+        c, s = math.cos(angle) * self.unit, math.sin(angle) * self.unit
+        self.turn = np.array([[c, s], [s, -c] if flip else [-s, c]])
+        t = np.linspace(-1, 1, 65)
+        way = bend * t + wave * np.sin(3.5 * t + phase)
+        along = np.stack([np.cos(way), np.sin(way)], 1)
+        spine = np.cumsum(along, 0) / 32
+        self.frame = np.concatenate(
+            [spine - (spine[:1] + spine[-1:]) / 2, along, np.stack([-along[:, 1], along[:, 0]], 1)], 1
+        )  # (65, 6) place, direction, normal
+
+    def at(self, t, u=0.0) -> np.ndarray:  # (…, 2)
         "Points at `t` along the spine (beyond its ends: straight on) and `u` off it"
         t, u = np.asarray(t), np.asarray(u)
-        inside = np.minimum(np.maximum(t, -1), 1); k = (inside+1)*32; i = np.minimum(k.astype(int), 63); f = (k-i)[..., None]
-        o = self.frame[i]*(1-f) + self.frame[i+1]*f
-        return o[..., :2] + o[..., 2:4]*(t-inside)[..., None] + o[..., 4:]*u[..., None]
+        inside = np.minimum(np.maximum(t, -1), 1)
+        k = (inside + 1) * 32
+        i = np.minimum(k.astype(int), 63)
+        f = (k - i)[..., None]
+        o = self.frame[i] * (1 - f) + self.frame[i + 1] * f
+        return o[..., :2] + o[..., 2:4] * (t - inside)[..., None] + o[..., 4:] * u[..., None]
 
-    def way(self, t:float)->float:
+    def way(self, t: float) -> float:
         "Direction of the spine at `t`, radians"
-        _, _, x, y, _, _ = self.frame[round((min(1, max(-1, t))+1)*32)]
+        _, _, x, y, _, _ = self.frame[round((min(1, max(-1, t)) + 1) * 32)]
         return math.atan2(y, x)
 
-    def _xy(self, points)->list[int]: return np.rint(np.asarray(points) @ self.turn + self.size/2).astype(int).ravel().tolist()
-    def area(self, points, fill)->None: self.draw.polygon(self._xy(points), fill=fill)
-    def line(self, points, width:float, fill)->None: self.draw.line(self._xy(points), fill=fill, width=max(1, round(width*self.unit)), joint='curve')
+    def _xy(self, points) -> list[int]:
+        return np.rint(np.asarray(points) @ self.turn + self.size / 2).astype(int).ravel().tolist()
 
-    def tube(self, a:float, b:float, width:Callable, fill, u:float=0., n:int=28)->None:
+    def area(self, points, fill) -> None:
+        self.draw.polygon(self._xy(points), fill=fill)
+
+    def line(self, points, width: float, fill) -> None:
+        self.draw.line(self._xy(points), fill=fill, width=max(1, round(width * self.unit)), joint='curve')
+
+    def tube(self, a: float, b: float, width: Callable, fill, u: float = 0.0, n: int = 28) -> None:
         "Part of the body between `a` and `b`, `width(t)` to either side"
-        t = np.linspace(a, b, n); w = width(t)
-        self.area(np.concatenate([self.at(t, u+w), self.at(t[::-1], u-w[::-1])]), fill)
-    def oval(self, t:float, u:float, rt:float, ru:float, fill, n:int=16)->None:
-        a = np.linspace(0, 2*math.pi, n, endpoint=False); self.area(self.at(t+rt*np.cos(a), u+ru*np.sin(a)), fill)
-    def disc(self, at, r:float, fill, n:int=20)->None:
-        a = np.linspace(0, 2*math.pi, n, endpoint=False); self.area(np.asarray(at)+r*np.stack([np.cos(a), np.sin(a)], 1), fill)
-    def limb(self, base, angle:float, lengths:Sequence[float], turn:float, width:float, fill)->np.ndarray: # its end
+        t = np.linspace(a, b, n)
+        w = width(t)
+        self.area(np.concatenate([self.at(t, u + w), self.at(t[::-1], u - w[::-1])]), fill)
+
+    def oval(self, t: float, u: float, rt: float, ru: float, fill, n: int = 16) -> None:
+        a = np.linspace(0, 2 * math.pi, n, endpoint=False)
+        self.area(self.at(t + rt * np.cos(a), u + ru * np.sin(a)), fill)
+
+    def disc(self, at, r: float, fill, n: int = 20) -> None:
+        a = np.linspace(0, 2 * math.pi, n, endpoint=False)
+        self.area(np.asarray(at) + r * np.stack([np.cos(a), np.sin(a)], 1), fill)
+
+    def limb(
+        self, base, angle: float, lengths: Sequence[float], turn: float, width: float, fill
+    ) -> np.ndarray:  # its end
         "Jointed: turns at each joint, and gets thinner"
         for i, l in enumerate(lengths):
-            end = base + l*np.array([math.cos(angle+i*turn), math.sin(angle+i*turn)])
-            self.line([base, end], width*(1-.55*i/len(lengths)), fill); base = end
+            end = base + l * np.array([math.cos(angle + i * turn), math.sin(angle + i * turn)])
+            self.line([base, end], width * (1 - 0.55 * i / len(lengths)), fill)
+            base = end
         return base
-    def hair(self, base, angle:float, length:float, curl:float, width:float, fill, n:int=9)->np.ndarray: # its end
+
+    def hair(
+        self, base, angle: float, length: float, curl: float, width: float, fill, n: int = 9
+    ) -> np.ndarray:  # its end
         "Curved thread"
-        a = angle+np.linspace(0, curl, n); p = np.cumsum(np.concatenate([[base], np.stack([np.cos(a), np.sin(a)], 1)*length/n]), 0)
-        self.line(p, width, fill); return p[-1]
+        a = angle + np.linspace(0, curl, n)
+        p = np.cumsum(np.concatenate([[base], np.stack([np.cos(a), np.sin(a)], 1) * length / n]), 0)
+        self.line(p, width, fill)
+        return p[-1]
 
 # %% ../nbs/02_datasets.ipynb #e1d51be6
-def _egg(a:float, b:float, w:float, skew:float=0.)->Callable:
+def _egg(a: float, b: float, w: float, skew: float = 0.0) -> Callable:
     "Half-width of an oval from `a` to `b`; a positive `skew` makes it thicker towards `b`"
+
     def width(t):
-        x = np.clip((t-a)/(b-a), 0, 1)
-        return w*np.sqrt(4*x*(1-x))*(1+skew*(2*x-1))
+        x = np.clip((t - a) / (b - a), 0, 1)
+        return w * np.sqrt(4 * x * (1 - x)) * (1 + skew * (2 * x - 1))
+
     return width
 
-def _rod(a:float, b:float, wa:float, wb:float, end:float=.12)->Callable:
+
+def _rod(a: float, b: float, wa: float, wb: float, end: float = 0.12) -> Callable:
     "Half-width of a rod that goes from `wa` to `wb`, its ends round"
+
     def width(t):
-        x = np.clip((t-a)/(b-a), 0, 1); e = np.minimum(1, np.minimum(x, 1-x)/end)
-        return (wa+(wb-wa)*x)*np.sqrt(e*(2-e))
+        x = np.clip((t - a) / (b - a), 0, 1)
+        e = np.minimum(1, np.minimum(x, 1 - x) / end)
+        return (wa + (wb - wa) * x) * np.sqrt(e * (2 - e))
+
     return width
 
 # %% ../nbs/02_datasets.ipynb #18754e49
-def _texture(p:_Pen, g:_Genome, a:float, b:float, width:Callable, u:float=0.)->None:
+def _texture(p: _Pen, g: _Genome, a: float, b: float, width: Callable, u: float = 0.0) -> None:
     "Paint the pattern of `g` on a part of the body"
     n, ink = g.count, g.ink
     if g.pattern == 'bands':
-        h = .36*(b-a)/(2*n+2)
-        for c in np.linspace(a, b, n+2)[1:-1]: p.tube(c-h, c+h, lambda t: width(t)*.97, ink, u, 8)
+        h = 0.36 * (b - a) / (2 * n + 2)
+        for c in np.linspace(a, b, n + 2)[1:-1]:
+            p.tube(c - h, c + h, lambda t: width(t) * 0.97, ink, u, 8)
     elif g.pattern == 'stripes':
-        t = np.linspace(a+.06*(b-a), b-.06*(b-a), 16)
-        for k in np.linspace(-.62, .62, n): p.line(p.at(t, u+k*width(t)), .13*width((a+b)/2)+.008, ink)
-    elif g.pattern == 'saddle': p.oval((a+b)/2, u, .035*(b-a)*(n+3), .8*width((a+b)/2), ink, 24)
-    elif g.pattern != 'plain':   # spots and eyespots
-        for t in a+(b-a)*(np.arange(n)+.7)/(n+.4):
-            w = width(t); r = min(w*(.3 if g.pattern == 'spots' else .5), .34*(b-a)/n)
-            for k in (-.5, .5) if g.pattern == 'spots' else (0,): p.oval(t, u+k*w, r, r, ink)
-            if g.pattern == 'eyespots': p.oval(t, u, r*.5, r*.5, g.colour(.25), 12)
+        t = np.linspace(a + 0.06 * (b - a), b - 0.06 * (b - a), 16)
+        for k in np.linspace(-0.62, 0.62, n):
+            p.line(p.at(t, u + k * width(t)), 0.13 * width((a + b) / 2) + 0.008, ink)
+    elif g.pattern == 'saddle':
+        p.oval((a + b) / 2, u, 0.035 * (b - a) * (n + 3), 0.8 * width((a + b) / 2), ink, 24)
+    elif g.pattern != 'plain':  # spots and eyespots
+        for t in a + (b - a) * (np.arange(n) + 0.7) / (n + 0.4):
+            w = width(t)
+            r = min(w * (0.3 if g.pattern == 'spots' else 0.5), 0.34 * (b - a) / n)
+            for k in (-0.5, 0.5) if g.pattern == 'spots' else (0,):
+                p.oval(t, u + k * w, r, r, ink)
+            if g.pattern == 'eyespots':
+                p.oval(t, u, r * 0.5, r * 0.5, g.colour(0.25), 12)
+
 
 _BLACK = (18, 15, 16, 255)
 
 # %% ../nbs/02_datasets.ipynb #e3ae9286
-def _beetle(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, dark = g.aspect, g.colour(-.35)
+def _beetle(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, dark = g.aspect, g.colour(-0.35)
     for s in (-1, 1):
-        for t, a, turn in ((.28, .9, -.45), (.05, 1.5, -.35), (-.18, 2.2, -.35)):
-            p.limb(p.at(t, s*w*.6), s*(a+.13*r.normal()), (w*.45+.16*g.limb, .26*g.limb, .14*g.limb), s*turn, .035, dark)
-        p.hair(p.at(.78, s*.06), s*(.35+.12*r.normal()), .42*g.antenna, s*.7, .018, dark)
-        if g.horn: p.hair(p.at(.9, s*.07), s*(.35+.06*r.normal()), .3*g.horn, -s*1.1, .05, dark, 6)   # mandibles
-    p.tube(.6, .98, _egg(.6, .98, w*.42), g.colour(-.22))
-    for s in (-1, 1): p.oval(.84, s*w*.3, .035, .035, _BLACK, 10)
-    p.tube(.3, .74, _egg(.24, .8, w*.78), g.colour(-.12))
-    wings = _egg(-.98, .52, w, .12*g.shape)
-    p.tube(-.98, .5, wings, g.colour(-.3)); p.tube(-.95, .46, lambda t: wings(t)*.92, g.colour())
-    _texture(p, g, -.9, .38, lambda t: wings(t)*.9)
-    p.line(p.at([-.93, .46]), .016, g.colour(-.4))
+        for t, a, turn in ((0.28, 0.9, -0.45), (0.05, 1.5, -0.35), (-0.18, 2.2, -0.35)):
+            p.limb(
+                p.at(t, s * w * 0.6),
+                s * (a + 0.13 * r.normal()),
+                (w * 0.45 + 0.16 * g.limb, 0.26 * g.limb, 0.14 * g.limb),
+                s * turn,
+                0.035,
+                dark,
+            )
+        p.hair(p.at(0.78, s * 0.06), s * (0.35 + 0.12 * r.normal()), 0.42 * g.antenna, s * 0.7, 0.018, dark)
+        if g.horn:
+            p.hair(
+                p.at(0.9, s * 0.07), s * (0.35 + 0.06 * r.normal()), 0.3 * g.horn, -s * 1.1, 0.05, dark, 6
+            )  # mandibles
+    p.tube(0.6, 0.98, _egg(0.6, 0.98, w * 0.42), g.colour(-0.22))
+    for s in (-1, 1):
+        p.oval(0.84, s * w * 0.3, 0.035, 0.035, _BLACK, 10)
+    p.tube(0.3, 0.74, _egg(0.24, 0.8, w * 0.78), g.colour(-0.12))
+    wings = _egg(-0.98, 0.52, w, 0.12 * g.shape)
+    p.tube(-0.98, 0.5, wings, g.colour(-0.3))
+    p.tube(-0.95, 0.46, lambda t: wings(t) * 0.92, g.colour())
+    _texture(p, g, -0.9, 0.38, lambda t: wings(t) * 0.9)
+    p.line(p.at([-0.93, 0.46]), 0.016, g.colour(-0.4))
 
 # %% ../nbs/02_datasets.ipynb #ad235791
-def _fly(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, dark = g.aspect, g.colour(-.35)
-    spread = .5+.2*r.normal()
+def _fly(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, dark = g.aspect, g.colour(-0.35)
+    spread = 0.5 + 0.2 * r.normal()
     for s in (-1, 1):
-        for t, a, turn in ((.38, .8, .4), (.25, 1.5, -.4), (.12, 2.3, -.4)): p.limb(p.at(t, s*w*.5), s*(a+.13*r.normal()), (.2*g.limb, .28*g.limb, .18*g.limb), s*turn, .026, dark)
-        p.hair(p.at(.8, s*.05), s*(.4+.1*r.normal()), .4*g.antenna, s*.5, .018, dark)
-    tail = _egg(-1, .2, w*.78, .2*g.shape)
-    p.tube(-1, .16, tail, g.colour(-.28)); p.tube(-.97, .13, lambda t: tail(t)*.9, g.colour()); _texture(p, g, -.92, .1, lambda t: tail(t)*.88)
-    p.tube(.06, .6, _egg(.04, .62, w*.8), g.colour(-.15)); p.tube(.56, .92, _egg(.56, .92, w*.6), g.colour(-.1))
+        for t, a, turn in ((0.38, 0.8, 0.4), (0.25, 1.5, -0.4), (0.12, 2.3, -0.4)):
+            p.limb(
+                p.at(t, s * w * 0.5),
+                s * (a + 0.13 * r.normal()),
+                (0.2 * g.limb, 0.28 * g.limb, 0.18 * g.limb),
+                s * turn,
+                0.026,
+                dark,
+            )
+        p.hair(p.at(0.8, s * 0.05), s * (0.4 + 0.1 * r.normal()), 0.4 * g.antenna, s * 0.5, 0.018, dark)
+    tail = _egg(-1, 0.2, w * 0.78, 0.2 * g.shape)
+    p.tube(-1, 0.16, tail, g.colour(-0.28))
+    p.tube(-0.97, 0.13, lambda t: tail(t) * 0.9, g.colour())
+    _texture(p, g, -0.92, 0.1, lambda t: tail(t) * 0.88)
+    p.tube(0.06, 0.6, _egg(0.04, 0.62, w * 0.8), g.colour(-0.15))
+    p.tube(0.56, 0.92, _egg(0.56, 0.92, w * 0.6), g.colour(-0.1))
     for s in (-1, 1):
-        p.oval(.78, s*w*.45, .1, .08, (115, 35, 35, 255), 14)
-        for k, l, a in ((0, .98, 2.05), (.14, .62, 2.55)):   # two pairs of wings
-            l *= g.wing; a = s*(a+spread/2); x = np.linspace(0, 1, 16); h = .26*l*np.sqrt(4*x*(1-x))*(.5+.7*x)
-            base, d = p.at(.34-k, s*w*.45), np.array([math.cos(a), math.sin(a)]); n = np.array([-d[1], d[0]])
-            p.area(np.concatenate([base+np.outer(x*l, d)+np.outer(h, n), (base+np.outer(x*l, d)-np.outer(h*.8, n))[::-1]]), g.colour(.3, 120, sat=-.35))
-            for f in (-.15, 0, .15): p.line([base, base+l*(.9*d+f*n)], .009, g.colour(-.1, 190))
+        p.oval(0.78, s * w * 0.45, 0.1, 0.08, (115, 35, 35, 255), 14)
+        for k, l, a in ((0, 0.98, 2.05), (0.14, 0.62, 2.55)):  # two pairs of wings
+            l *= g.wing
+            a = s * (a + spread / 2)
+            x = np.linspace(0, 1, 16)
+            h = 0.26 * l * np.sqrt(4 * x * (1 - x)) * (0.5 + 0.7 * x)
+            base, d = p.at(0.34 - k, s * w * 0.45), np.array([math.cos(a), math.sin(a)])
+            n = np.array([-d[1], d[0]])
+            p.area(
+                np.concatenate(
+                    [
+                        base + np.outer(x * l, d) + np.outer(h, n),
+                        (base + np.outer(x * l, d) - np.outer(h * 0.8, n))[::-1],
+                    ]
+                ),
+                g.colour(0.3, 120, sat=-0.35),
+            )
+            for f in (-0.15, 0, 0.15):
+                p.line([base, base + l * (0.9 * d + f * n)], 0.009, g.colour(-0.1, 190))
 
 # %% ../nbs/02_datasets.ipynb #448726d5
-def _spider(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, dark = g.aspect, g.colour(-.3)
+def _spider(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, dark = g.aspect, g.colour(-0.3)
     for s in (-1, 1):
-        for k, (a, turn) in enumerate(((.55, .5), (1.15, .5), (1.8, -.55), (2.5, -.55))):
-            p.limb(p.at(.42-.1*k, s*.14), s*(a-turn*.5+.1*r.normal()), (.4*g.limb, .36*g.limb, .3*g.limb), s*turn, .034, dark)
-        q = p.limb(p.at(.62, s*.08), s*.35, (.14, .12+.2*g.horn), -s*.5, .035+.02*g.horn, dark)   # palps, or pincers
-        if g.horn: p.disc(q, .06+.03*g.horn, dark, 12)
-    back = _egg(-.95, .2, w*1.15, -.15*g.shape)
-    p.tube(-.95, .2, back, g.colour(-.3)); p.tube(-.92, .17, lambda t: back(t)*.93, g.colour()); _texture(p, g, -.85, .1, lambda t: back(t)*.85)
-    p.tube(.1, .72, _egg(.08, .74, w*.7), g.colour(-.14))
+        for k, (a, turn) in enumerate(((0.55, 0.5), (1.15, 0.5), (1.8, -0.55), (2.5, -0.55))):
+            p.limb(
+                p.at(0.42 - 0.1 * k, s * 0.14),
+                s * (a - turn * 0.5 + 0.1 * r.normal()),
+                (0.4 * g.limb, 0.36 * g.limb, 0.3 * g.limb),
+                s * turn,
+                0.034,
+                dark,
+            )
+        q = p.limb(
+            p.at(0.62, s * 0.08), s * 0.35, (0.14, 0.12 + 0.2 * g.horn), -s * 0.5, 0.035 + 0.02 * g.horn, dark
+        )  # palps, or pincers
+        if g.horn:
+            p.disc(q, 0.06 + 0.03 * g.horn, dark, 12)
+    back = _egg(-0.95, 0.2, w * 1.15, -0.15 * g.shape)
+    p.tube(-0.95, 0.2, back, g.colour(-0.3))
+    p.tube(-0.92, 0.17, lambda t: back(t) * 0.93, g.colour())
+    _texture(p, g, -0.85, 0.1, lambda t: back(t) * 0.85)
+    p.tube(0.1, 0.72, _egg(0.08, 0.74, w * 0.7), g.colour(-0.14))
     for s in (-1, 1):
-        for k in (.04, .1): p.oval(.64-.6*k, s*k, .02, .02, _BLACK, 8)
+        for k in (0.04, 0.1):
+            p.oval(0.64 - 0.6 * k, s * k, 0.02, 0.02, _BLACK, 8)
 
 # %% ../nbs/02_datasets.ipynb #58a798b9
-def _shrimp(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, dark = g.aspect, g.colour(-.3)
-    for a, l in ((.2, 1.3), (.02, 1.05)): p.hair(p.at(.85, a/2), a+.15*r.normal(), l*g.antenna, -1.5+.3*r.normal(), .014, dark)
+def _shrimp(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, dark = g.aspect, g.colour(-0.3)
+    for a, l in ((0.2, 1.3), (0.02, 1.05)):
+        p.hair(p.at(0.85, a / 2), a + 0.15 * r.normal(), l * g.antenna, -1.5 + 0.3 * r.normal(), 0.014, dark)
     for i in range(5):
-        p.limb(p.at(.55-.13*i, -w*.7), -1.5-.12*i+.1*r.normal(), (.17*g.limb, .2*g.limb), .55, .026, dark)
-        p.limb(p.at(-.2-.14*i, -w*.55), -2+.1*r.normal(), (.14*g.limb,), 0, .045, g.colour(-.15))
-    for k in (-.5, -.17, .17, .5):   # fan of the tail
-        a = p.way(-.95)+math.pi+k*g.shape; d = np.array([math.cos(a), math.sin(a)]); x = np.linspace(0, 1, 10); h = np.outer(.07*np.sin(math.pi*x**.8), [-d[1], d[0]]); q = p.at(-.93)+np.outer(.3*g.tail*x, d)
-        p.area(np.concatenate([q+h, (q-h)[::-1]]), g.colour(-.05, 225))
-    body = _rod(-1, .75, w*.38, w, .1)
-    p.tube(-1, .75, body, g.colour(-.28)); p.tube(-.98, .73, lambda t: body(t)*.9, g.colour()); _texture(p, g, -.95, .2, lambda t: body(t)*.88)
-    for t in np.linspace(-.85, .05, 6): p.line(p.at(t, np.array([-.9, .9])*body(t)), .012, g.colour(-.25))
-    p.tube(.06, .93, _egg(0, .95, w*1.12, -.05), g.colour(-.08))
-    if g.horn: p.line([p.at(.85, w*.2), p.at(.85+.32*g.horn, w*.45)], .03, g.colour(-.1))
-    p.oval(.76, w*.5, .06, .06, _BLACK, 12)
+        p.limb(
+            p.at(0.55 - 0.13 * i, -w * 0.7),
+            -1.5 - 0.12 * i + 0.1 * r.normal(),
+            (0.17 * g.limb, 0.2 * g.limb),
+            0.55,
+            0.026,
+            dark,
+        )
+        p.limb(p.at(-0.2 - 0.14 * i, -w * 0.55), -2 + 0.1 * r.normal(), (0.14 * g.limb,), 0, 0.045, g.colour(-0.15))
+    for k in (-0.5, -0.17, 0.17, 0.5):  # fan of the tail
+        a = p.way(-0.95) + math.pi + k * g.shape
+        d = np.array([math.cos(a), math.sin(a)])
+        x = np.linspace(0, 1, 10)
+        h = np.outer(0.07 * np.sin(math.pi * x**0.8), [-d[1], d[0]])
+        q = p.at(-0.93) + np.outer(0.3 * g.tail * x, d)
+        p.area(np.concatenate([q + h, (q - h)[::-1]]), g.colour(-0.05, 225))
+    body = _rod(-1, 0.75, w * 0.38, w, 0.1)
+    p.tube(-1, 0.75, body, g.colour(-0.28))
+    p.tube(-0.98, 0.73, lambda t: body(t) * 0.9, g.colour())
+    _texture(p, g, -0.95, 0.2, lambda t: body(t) * 0.88)
+    for t in np.linspace(-0.85, 0.05, 6):
+        p.line(p.at(t, np.array([-0.9, 0.9]) * body(t)), 0.012, g.colour(-0.25))
+    p.tube(0.06, 0.93, _egg(0, 0.95, w * 1.12, -0.05), g.colour(-0.08))
+    if g.horn:
+        p.line([p.at(0.85, w * 0.2), p.at(0.85 + 0.32 * g.horn, w * 0.45)], 0.03, g.colour(-0.1))
+    p.oval(0.76, w * 0.5, 0.06, 0.06, _BLACK, 12)
 
 # %% ../nbs/02_datasets.ipynb #6751fd94
-def _copepod(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, dark = g.aspect, g.colour(-.3)
+def _copepod(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, dark = g.aspect, g.colour(-0.3)
     for s in (-1, 1):
-        p.hair(p.at(.8, s*.1), s*(1.25+.12*r.normal()), .95*g.antenna, s*.75, .028, dark)
-        for i in range(3): p.limb(p.at(.25-.2*i, s*w*.7), s*(2+.15*r.normal()), (.16*g.limb, .12*g.limb), s*.5, .026, dark)
-        for k in (-.25, 0, .2): p.hair(p.at(-.95, s*.06), math.pi-s*(.25+k), .32*g.tail, 0, .014, dark)
-        if g.horn: p.oval(-.5, s*w*.78, .24*g.horn, .11*g.horn, g.colour(-.1, second=True), 18)   # sacs of eggs
-    p.tube(-.98, -.1, _rod(-.98, -.1, .05, w*.35), g.colour(-.15))
-    body = _egg(-.35, .98, w, .1*g.shape)
-    p.tube(-.35, .98, body, g.colour(-.25)); p.tube(-.32, .95, lambda t: body(t)*.91, g.colour(.03)); _texture(p, g, -.28, .85, lambda t: body(t)*.85)
-    for t in (-.14, .06, .26): p.line(p.at(t, np.array([-.9, .9])*body(t)), .012, g.colour(-.2))
-    p.oval(.78, 0, .05, .05, (140, 20, 25, 255), 12)
+        p.hair(p.at(0.8, s * 0.1), s * (1.25 + 0.12 * r.normal()), 0.95 * g.antenna, s * 0.75, 0.028, dark)
+        for i in range(3):
+            p.limb(
+                p.at(0.25 - 0.2 * i, s * w * 0.7),
+                s * (2 + 0.15 * r.normal()),
+                (0.16 * g.limb, 0.12 * g.limb),
+                s * 0.5,
+                0.026,
+                dark,
+            )
+        for k in (-0.25, 0, 0.2):
+            p.hair(p.at(-0.95, s * 0.06), math.pi - s * (0.25 + k), 0.32 * g.tail, 0, 0.014, dark)
+        if g.horn:
+            p.oval(-0.5, s * w * 0.78, 0.24 * g.horn, 0.11 * g.horn, g.colour(-0.1, second=True), 18)  # sacs of eggs
+    p.tube(-0.98, -0.1, _rod(-0.98, -0.1, 0.05, w * 0.35), g.colour(-0.15))
+    body = _egg(-0.35, 0.98, w, 0.1 * g.shape)
+    p.tube(-0.35, 0.98, body, g.colour(-0.25))
+    p.tube(-0.32, 0.95, lambda t: body(t) * 0.91, g.colour(0.03))
+    _texture(p, g, -0.28, 0.85, lambda t: body(t) * 0.85)
+    for t in (-0.14, 0.06, 0.26):
+        p.line(p.at(t, np.array([-0.9, 0.9]) * body(t)), 0.012, g.colour(-0.2))
+    p.oval(0.78, 0, 0.05, 0.05, (140, 20, 25, 255), 12)
 
 # %% ../nbs/02_datasets.ipynb #20a0c20a
-def _bristle_worm(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, dark = g.aspect/2, g.colour(-.32)
-    body = _rod(-1, 1, w*.4*g.shape, w, .1); rings = np.linspace(-.93, .82, g.n)
+def _bristle_worm(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, dark = g.aspect / 2, g.colour(-0.32)
+    body = _rod(-1, 1, w * 0.4 * g.shape, w, 0.1)
+    rings = np.linspace(-0.93, 0.82, g.n)
     for s in (-1, 1):
         for t in rings:
-            a = p.way(t)+s*(1.75+.12*r.normal()); q = p.limb(p.at(t, s*body(t)*.8), a, (.13*g.limb,), 0, .05, g.colour(-.1))
-            p.hair(q, a, .1*g.limb, s*.3, .012, dark, 3)
-        for k in (.25, .7): p.hair(p.at(.97, s*.04), p.way(1)+s*k, .22*g.antenna, s*.4, .02, dark, 5)
-        p.hair(p.at(-.98, s*.03), p.way(-1)+math.pi+s*.3, .2*g.tail, -s*.3, .016, dark, 5)
-    p.tube(-1, 1, body, g.colour(-.26), n=60); p.tube(-.99, .99, lambda t: body(t)*.86, g.colour(), n=60); _texture(p, g, -.95, .8, lambda t: body(t)*.85)
-    for t in rings: p.line(p.at(t, np.array([-.85, .85])*body(t)), .01, g.colour(-.2))
-    for s in (-1, 1): p.oval(.9, s*w*.45, .025, .025, _BLACK, 8)
+            a = p.way(t) + s * (1.75 + 0.12 * r.normal())
+            q = p.limb(p.at(t, s * body(t) * 0.8), a, (0.13 * g.limb,), 0, 0.05, g.colour(-0.1))
+            p.hair(q, a, 0.1 * g.limb, s * 0.3, 0.012, dark, 3)
+        for k in (0.25, 0.7):
+            p.hair(p.at(0.97, s * 0.04), p.way(1) + s * k, 0.22 * g.antenna, s * 0.4, 0.02, dark, 5)
+        p.hair(p.at(-0.98, s * 0.03), p.way(-1) + math.pi + s * 0.3, 0.2 * g.tail, -s * 0.3, 0.016, dark, 5)
+    p.tube(-1, 1, body, g.colour(-0.26), n=60)
+    p.tube(-0.99, 0.99, lambda t: body(t) * 0.86, g.colour(), n=60)
+    _texture(p, g, -0.95, 0.8, lambda t: body(t) * 0.85)
+    for t in rings:
+        p.line(p.at(t, np.array([-0.85, 0.85]) * body(t)), 0.01, g.colour(-0.2))
+    for s in (-1, 1):
+        p.oval(0.9, s * w * 0.45, 0.025, 0.025, _BLACK, 8)
 
 # %% ../nbs/02_datasets.ipynb #d9957012
-def _centipede(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, dark = g.aspect/2, g.colour(-.25)
-    rings = np.linspace(-.92, .8, g.n); h = rings[1]-rings[0]; gait = r.uniform(0, 6)
+def _centipede(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, dark = g.aspect / 2, g.colour(-0.25)
+    rings = np.linspace(-0.92, 0.8, g.n)
+    h = rings[1] - rings[0]
+    gait = r.uniform(0, 6)
     for s in (-1, 1):
-        for i, t in enumerate(rings): p.limb(p.at(t, s*w*.8), p.way(t)+s*(1.9-.5*i/g.n+.25*math.sin(2*i+gait)), (.17*g.limb, .16*g.limb), s*.5, .028, dark)
-        p.hair(p.at(.96, s*.05), p.way(1)+s*.5, .5*g.antenna, s*.6, .022, dark); p.hair(p.at(-.96, s*.04), p.way(-1)+math.pi+s*.25, .38*g.tail, s*.2, .026, dark)
-    body = _rod(-1, 1, w*.8*g.shape, w, .06)
-    for t in rings: p.tube(t-h*.49, t+h*.49, body, g.colour(-.28), n=6); p.tube(t-h*.4, t+h*.4, lambda x: body(x)*.9, g.colour(.02), n=6)
-    _texture(p, g, -.95, .85, lambda t: body(t)*.8); p.tube(.84, 1.02, _egg(.8, 1.03, w*1.15), g.colour(-.14))
-    for s in (-1, 1): p.oval(.95, s*w*.6, .025, .025, _BLACK, 8)
+        for i, t in enumerate(rings):
+            p.limb(
+                p.at(t, s * w * 0.8),
+                p.way(t) + s * (1.9 - 0.5 * i / g.n + 0.25 * math.sin(2 * i + gait)),
+                (0.17 * g.limb, 0.16 * g.limb),
+                s * 0.5,
+                0.028,
+                dark,
+            )
+        p.hair(p.at(0.96, s * 0.05), p.way(1) + s * 0.5, 0.5 * g.antenna, s * 0.6, 0.022, dark)
+        p.hair(p.at(-0.96, s * 0.04), p.way(-1) + math.pi + s * 0.25, 0.38 * g.tail, s * 0.2, 0.026, dark)
+    body = _rod(-1, 1, w * 0.8 * g.shape, w, 0.06)
+    for t in rings:
+        p.tube(t - h * 0.49, t + h * 0.49, body, g.colour(-0.28), n=6)
+        p.tube(t - h * 0.4, t + h * 0.4, lambda x: body(x) * 0.9, g.colour(0.02), n=6)
+    _texture(p, g, -0.95, 0.85, lambda t: body(t) * 0.8)
+    p.tube(0.84, 1.02, _egg(0.8, 1.03, w * 1.15), g.colour(-0.14))
+    for s in (-1, 1):
+        p.oval(0.95, s * w * 0.6, 0.025, 0.025, _BLACK, 8)
 
 # %% ../nbs/02_datasets.ipynb #a342e940
-def _medusa(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, h = g.aspect*1.5, .75*g.shape
-    for u in np.linspace(-.86, .86, g.n):   # tentacles
-        x, b = np.linspace(0, 1, 12), (.12-.1*(1-u*u), u*w)
-        p.line(np.stack([b[0]-x*1.05*g.tail*r.uniform(.8, 1.2), b[1]+.07*np.sin(6*x+r.uniform(0, 6))*x+.12*u*x], 1), .018, g.colour(-.12, 235))
-    for s in (-.33, 0, .33):   # arms around the mouth
-        x = np.linspace(0, 1, 14); p.line(np.stack([.2-x*.75*g.limb, s*w*.5+.06*np.sin(9*x+9*s+r.uniform(0, 6))], 1), .07, g.colour(.02, 225, second=True))
-    a = np.linspace(0, math.pi, 30); bell = np.concatenate([np.stack([.1+h*np.sin(a)**.85, w*np.cos(a)], 1), np.stack([.05+.05*np.cos(np.linspace(0, 12*math.pi, 40)), np.linspace(-w, w, 40)], 1)])
-    p.area(bell, g.colour(-.2, 235)); p.area(bell*.93+[.01, 0], g.colour(.06, 225))
+def _medusa(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, h = g.aspect * 1.5, 0.75 * g.shape
+    for u in np.linspace(-0.86, 0.86, g.n):  # tentacles
+        x, b = np.linspace(0, 1, 12), (0.12 - 0.1 * (1 - u * u), u * w)
+        p.line(
+            np.stack(
+                [
+                    b[0] - x * 1.05 * g.tail * r.uniform(0.8, 1.2),
+                    b[1] + 0.07 * np.sin(6 * x + r.uniform(0, 6)) * x + 0.12 * u * x,
+                ],
+                1,
+            ),
+            0.018,
+            g.colour(-0.12, 235),
+        )
+    for s in (-0.33, 0, 0.33):  # arms around the mouth
+        x = np.linspace(0, 1, 14)
+        p.line(
+            np.stack([0.2 - x * 0.75 * g.limb, s * w * 0.5 + 0.06 * np.sin(9 * x + 9 * s + r.uniform(0, 6))], 1),
+            0.07,
+            g.colour(0.02, 225, second=True),
+        )
+    a = np.linspace(0, math.pi, 30)
+    bell = np.concatenate(
+        [
+            np.stack([0.1 + h * np.sin(a) ** 0.85, w * np.cos(a)], 1),
+            np.stack([0.05 + 0.05 * np.cos(np.linspace(0, 12 * math.pi, 40)), np.linspace(-w, w, 40)], 1),
+        ]
+    )
+    p.area(bell, g.colour(-0.2, 235))
+    p.area(bell * 0.93 + [0.01, 0], g.colour(0.06, 225))
     if g.pattern == 'stripes':
-        for k in np.linspace(-.8, .8, g.count+1): p.line(np.stack([.08+h*.93*np.sin(a[:15])**.85, k*w*.93*np.cos(a[:15])], 1), .03, g.ink)
+        for k in np.linspace(-0.8, 0.8, g.count + 1):
+            p.line(np.stack([0.08 + h * 0.93 * np.sin(a[:15]) ** 0.85, k * w * 0.93 * np.cos(a[:15])], 1), 0.03, g.ink)
     elif g.pattern == 'bands':
-        for k in np.linspace(.35, .85, max(1, g.count//2)): p.line(np.stack([.1+h*k*np.sin(a), w*k*np.cos(a)], 1), .035, g.ink)
+        for k in np.linspace(0.35, 0.85, max(1, g.count // 2)):
+            p.line(np.stack([0.1 + h * k * np.sin(a), w * k * np.cos(a)], 1), 0.035, g.ink)
     elif g.pattern != 'plain':
         big = g.pattern != 'spots'
-        for q in math.pi*(np.arange(g.count+1-big)+.5)/(g.count+1-big): p.disc((.1+h*.6*math.sin(q), w*.62*math.cos(q)), .09 if big else .05, g.ink, 14)
+        for q in math.pi * (np.arange(g.count + 1 - big) + 0.5) / (g.count + 1 - big):
+            p.disc((0.1 + h * 0.6 * math.sin(q), w * 0.62 * math.cos(q)), 0.09 if big else 0.05, g.ink, 14)
 
 # %% ../nbs/02_datasets.ipynb #5d56c4fb
-def _sea_star(p:_Pen, g:_Genome, r:_Dice)->None:
-    w = g.aspect; x = np.linspace(0, 1, 14); reach = g.limb*(.95-.25*r.uniform(n=g.n)*(r.uniform(n=g.n) < .3)); curl = .13*r.normal(g.n)
-    def arm(i, grow=1.):   # its outline, its midline, half its width
-        c, s = math.cos(2*math.pi*i/g.n), math.sin(2*math.pi*i/g.n); turn = np.array([[c, s], [-s, c]])
-        h = w*.46*grow*((1-x)**(1.2*g.shape)*.9+.1)*np.sqrt(1-x**8); mid = np.stack([x*reach[i]*grow, curl[i]*x*x], 1); off = np.stack([0*h, h], 1)
-        return np.concatenate([mid+off, (mid-off)[::-1]]) @ turn, mid @ turn, h
-    for grow, shade in ((1, -.28), (.94, 0)):
-        for i in range(g.n): p.area(arm(i, grow)[0], g.colour(shade))
-        p.disc((0, 0), w*.6*grow, g.colour(shade), 30)
+def _sea_star(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w = g.aspect
+    x = np.linspace(0, 1, 14)
+    reach = g.limb * (0.95 - 0.25 * r.uniform(n=g.n) * (r.uniform(n=g.n) < 0.3))
+    curl = 0.13 * r.normal(g.n)
+
+    def arm(i, grow=1.0):  # its outline, its midline, half its width
+        c, s = math.cos(2 * math.pi * i / g.n), math.sin(2 * math.pi * i / g.n)
+        turn = np.array([[c, s], [-s, c]])
+        h = w * 0.46 * grow * ((1 - x) ** (1.2 * g.shape) * 0.9 + 0.1) * np.sqrt(1 - x**8)
+        mid = np.stack([x * reach[i] * grow, curl[i] * x * x], 1)
+        off = np.stack([0 * h, h], 1)
+        return np.concatenate([mid + off, (mid - off)[::-1]]) @ turn, mid @ turn, h
+
+    for grow, shade in ((1, -0.28), (0.94, 0)):
+        for i in range(g.n):
+            p.area(arm(i, grow)[0], g.colour(shade))
+        p.disc((0, 0), w * 0.6 * grow, g.colour(shade), 30)
     for i in range(g.n):
         _, mid, h = arm(i)
         for k in np.linspace(3, 11, g.count).round().astype(int):
-            if g.pattern == 'spots': p.disc(mid[k], .42*h[k]+.01, g.ink, 10)
-            if g.pattern == 'bands': d = mid[k+1]-mid[k-1]; q = np.array([-d[1], d[0]])*h[k]*.85/math.hypot(*d); p.line([mid[k]-q, mid[k]+q], .05, g.ink)
-        if g.pattern == 'stripes': p.line(mid[1:12], .03+.005*g.count, g.ink)
-    if g.pattern in ('eyespots', 'saddle'): p.disc((0, 0), w*.08*(g.count+1), g.ink, 24); p.disc((0, 0), w*.2, g.colour(.2))
+            if g.pattern == 'spots':
+                p.disc(mid[k], 0.42 * h[k] + 0.01, g.ink, 10)
+            if g.pattern == 'bands':
+                d = mid[k + 1] - mid[k - 1]
+                q = np.array([-d[1], d[0]]) * h[k] * 0.85 / math.hypot(*d)
+                p.line([mid[k] - q, mid[k] + q], 0.05, g.ink)
+        if g.pattern == 'stripes':
+            p.line(mid[1:12], 0.03 + 0.005 * g.count, g.ink)
+    if g.pattern in ('eyespots', 'saddle'):
+        p.disc((0, 0), w * 0.08 * (g.count + 1), g.ink, 24)
+        p.disc((0, 0), w * 0.2, g.colour(0.2))
 
 # %% ../nbs/02_datasets.ipynb #4ba9dce4
-def _urchin(p:_Pen, g:_Genome, r:_Dice)->None:
-    R, dark = .42*g.shape, g.colour(-.3)
+def _urchin(p: _Pen, g: _Genome, r: _Dice) -> None:
+    R, dark = 0.42 * g.shape, g.colour(-0.3)
     for i in range(g.n):
-        a = 2*math.pi*(i+.15*r.normal())/g.n; d = np.array([math.cos(a), math.sin(a)]); q = np.array([-d[1], d[0]])*.03*g.wing
-        p.area([d*R*.9+q, d*(R+(.98-R)*g.limb*r.uniform(.82, 1.02)), d*R*.9-q], dark)
-    p.disc((0, 0), R*1.05, dark, 40); p.disc((0, 0), R*.97, g.colour(), 40)
-    ring = np.linspace(0, 2*math.pi, 33); around = np.stack([np.cos(ring), np.sin(ring)], 1)
+        a = 2 * math.pi * (i + 0.15 * r.normal()) / g.n
+        d = np.array([math.cos(a), math.sin(a)])
+        q = np.array([-d[1], d[0]]) * 0.03 * g.wing
+        p.area([d * R * 0.9 + q, d * (R + (0.98 - R) * g.limb * r.uniform(0.82, 1.02)), d * R * 0.9 - q], dark)
+    p.disc((0, 0), R * 1.05, dark, 40)
+    p.disc((0, 0), R * 0.97, g.colour(), 40)
+    ring = np.linspace(0, 2 * math.pi, 33)
+    around = np.stack([np.cos(ring), np.sin(ring)], 1)
     if g.pattern == 'bands':
-        for k in np.linspace(.3, .85, max(1, g.count//2)): p.line(around*R*k, .05, g.ink)
+        for k in np.linspace(0.3, 0.85, max(1, g.count // 2)):
+            p.line(around * R * k, 0.05, g.ink)
     elif g.pattern in ('spots', 'stripes'):
-        for a in 2*math.pi*np.arange(g.count+3)/(g.count+3):
-            d = R*np.array([math.cos(a), math.sin(a)])
-            if g.pattern == 'spots': p.disc(d*.62, R*.14, g.ink, 10)
-            else: p.line([d*.2, d*.92], .035, g.ink)
-    else: p.disc((0, 0), R*.1*(g.count+2), g.ink, 24); p.disc((0, 0), R*.2, g.colour(.2))
+        for a in 2 * math.pi * np.arange(g.count + 3) / (g.count + 3):
+            d = R * np.array([math.cos(a), math.sin(a)])
+            if g.pattern == 'spots':
+                p.disc(d * 0.62, R * 0.14, g.ink, 10)
+            else:
+                p.line([d * 0.2, d * 0.92], 0.035, g.ink)
+    else:
+        p.disc((0, 0), R * 0.1 * (g.count + 2), g.ink, 24)
+        p.disc((0, 0), R * 0.2, g.colour(0.2))
 
 # %% ../nbs/02_datasets.ipynb #23b7314d
-def _snail(p:_Pen, g:_Genome, r:_Dice)->None:
-    foot = lambda t: np.interp(t, [-1, -.6, .6, .9, 1.02], [.01, .12, .15, .13, .02])
-    for k, shade in ((1, -.15), (.85, .1)): p.tube(-1, 1.02, lambda t, k=k: foot(t)*k, g.colour(shade, second=True, sat=-.25), u=-.38)
-    for a in (.35, .75): q = p.hair(p.at(.92, -.3), a+.12*r.normal(), .34*g.antenna, .25, .035, g.colour(.1, second=True, sat=-.25), 5); p.disc(q, .035, _BLACK, 8)
-    th = np.linspace(0, 2*math.pi*2.6, 60); R = .74*g.aspect**.5*np.exp(-.085*g.shape*th); centre = np.array([-.1, .1])
-    coil = lambda k: centre+k*R[:, None]*np.stack([np.cos(-th-.9), np.sin(-th-.9)], 1)
-    outer, mid, inner = coil(1.02), coil(.55), coil(.36)
-    for i in range(0, 24, 2): p.disc(mid[i], R[i]*.56, g.colour(-.3))
-    for i in range(60): p.disc(mid[i], R[i]*.5, g.colour(.08*i/60))
-    step = max(2, 30//g.count)
+def _snail(p: _Pen, g: _Genome, r: _Dice) -> None:
+    foot = lambda t: np.interp(t, [-1, -0.6, 0.6, 0.9, 1.02], [0.01, 0.12, 0.15, 0.13, 0.02])
+    for k, shade in ((1, -0.15), (0.85, 0.1)):
+        p.tube(-1, 1.02, lambda t, k=k: foot(t) * k, g.colour(shade, second=True, sat=-0.25), u=-0.38)
+    for a in (0.35, 0.75):
+        q = p.hair(
+            p.at(0.92, -0.3),
+            a + 0.12 * r.normal(),
+            0.34 * g.antenna,
+            0.25,
+            0.035,
+            g.colour(0.1, second=True, sat=-0.25),
+            5,
+        )
+        p.disc(q, 0.035, _BLACK, 8)
+    th = np.linspace(0, 2 * math.pi * 2.6, 60)
+    R = 0.74 * g.aspect**0.5 * np.exp(-0.085 * g.shape * th)
+    centre = np.array([-0.1, 0.1])
+    coil = lambda k: centre + k * R[:, None] * np.stack([np.cos(-th - 0.9), np.sin(-th - 0.9)], 1)
+    outer, mid, inner = coil(1.02), coil(0.55), coil(0.36)
+    for i in range(0, 24, 2):
+        p.disc(mid[i], R[i] * 0.56, g.colour(-0.3))
+    for i in range(60):
+        p.disc(mid[i], R[i] * 0.5, g.colour(0.08 * i / 60))
+    step = max(2, 30 // g.count)
     if g.pattern == 'bands':
-        for i in range(1, 54, step): p.line([outer[i], inner[i]], .05*R[i]/R[0]+.01, g.ink)
+        for i in range(1, 54, step):
+            p.line([outer[i], inner[i]], 0.05 * R[i] / R[0] + 0.01, g.ink)
     elif g.pattern == 'stripes':
-        for k in np.linspace(.6, .95, max(1, g.count//2)): p.line(coil(k)[:48], .03, g.ink)
+        for k in np.linspace(0.6, 0.95, max(1, g.count // 2)):
+            p.line(coil(k)[:48], 0.03, g.ink)
     elif g.pattern == 'spots':
-        for i in range(1, 50, step//2+1): p.disc(coil(.75)[i], R[i]*.13, g.ink, 10)
-    elif g.pattern != 'plain': p.disc(centre, R[0]*.1*g.count, g.ink)
-    p.line(inner, .022, g.colour(-.38))
+        for i in range(1, 50, step // 2 + 1):
+            p.disc(coil(0.75)[i], R[i] * 0.13, g.ink, 10)
+    elif g.pattern != 'plain':
+        p.disc(centre, R[0] * 0.1 * g.count, g.ink)
+    p.line(inner, 0.022, g.colour(-0.38))
 
 # %% ../nbs/02_datasets.ipynb #6b5498a4
-def _turret(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, whorls = g.aspect, np.geomspace(1.9, 1, g.n); edges = 1-2*np.cumsum(np.r_[0, whorls])/whorls.sum()   # from the opening (1) to the tip (−1)
+def _turret(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, whorls = g.aspect, np.geomspace(1.9, 1, g.n)
+    edges = 1 - 2 * np.cumsum(np.r_[0, whorls]) / whorls.sum()  # from the opening (1) to the tip (−1)
     for i, (b, a) in enumerate(zip(edges, edges[1:])):
-        t = np.linspace(a, b, 9); x = (t-a)/(b-a); h = w*((a+1)/2*(1-x)+(b+1)/2*x)*(1+.16*g.shape*np.sin(math.pi*x))+.02; m = (a+b)/2
-        for k, shade in ((1, -.3), (.92, .05*(i%2))): p.area(np.concatenate([p.at(t+.05, h*k), p.at(t[::-1]-.05, -h[::-1]*k)]), g.colour(shade))
-        if g.pattern == 'bands': p.line([p.at(m+.05, h[4]*.85), p.at(m-.05, -h[4]*.85)], .015*(b-a)*g.count+.012, g.ink)
+        t = np.linspace(a, b, 9)
+        x = (t - a) / (b - a)
+        h = w * ((a + 1) / 2 * (1 - x) + (b + 1) / 2 * x) * (1 + 0.16 * g.shape * np.sin(math.pi * x)) + 0.02
+        m = (a + b) / 2
+        for k, shade in ((1, -0.3), (0.92, 0.05 * (i % 2))):
+            p.area(np.concatenate([p.at(t + 0.05, h * k), p.at(t[::-1] - 0.05, -h[::-1] * k)]), g.colour(shade))
+        if g.pattern == 'bands':
+            p.line(
+                [p.at(m + 0.05, h[4] * 0.85), p.at(m - 0.05, -h[4] * 0.85)], 0.015 * (b - a) * g.count + 0.012, g.ink
+            )
         elif g.pattern == 'spots':
-            for k in np.linspace(-.6, .6, g.count): p.oval(m+.05*k, k*h[4], .16*h[4]+.008, .13*h[4]+.006, g.ink, 10)
+            for k in np.linspace(-0.6, 0.6, g.count):
+                p.oval(m + 0.05 * k, k * h[4], 0.16 * h[4] + 0.008, 0.13 * h[4] + 0.006, g.ink, 10)
         elif g.pattern == 'stripes':
-            for k in np.linspace(-.65, .65, g.count+1): p.line([p.at(a+.05*k, k*h[0]), p.at(b+.05*k, k*h[-1])], .03, g.ink)
-        elif g.pattern != 'plain' and i % 2: p.oval(m, 0, (b-a)*.3, h[4]*.12*g.count, g.ink)
-    p.oval(.9, -w*.25, .16, w*.5, g.colour(-.45), 20); p.oval(.9, -w*.27, .11, w*.36, g.colour(.1, second=True, sat=-.25), 20)
+            for k in np.linspace(-0.65, 0.65, g.count + 1):
+                p.line([p.at(a + 0.05 * k, k * h[0]), p.at(b + 0.05 * k, k * h[-1])], 0.03, g.ink)
+        elif g.pattern != 'plain' and i % 2:
+            p.oval(m, 0, (b - a) * 0.3, h[4] * 0.12 * g.count, g.ink)
+    p.oval(0.9, -w * 0.25, 0.16, w * 0.5, g.colour(-0.45), 20)
+    p.oval(0.9, -w * 0.27, 0.11, w * 0.36, g.colour(0.1, second=True, sat=-0.25), 20)
 
 # %% ../nbs/02_datasets.ipynb #c1fa35d0
-def _scallop(p:_Pen, g:_Genome, r:_Dice)->None:
-    a = np.linspace(-1.15, 1.15, 61)*g.shape; rad = 1.55*(1+.022*np.cos(g.n*2*math.pi*np.linspace(0, 1, 61))); hinge = np.array([-.78, 0.])
-    fan = np.concatenate([[[0, 0]], np.stack([.03+rad*np.cos(a), rad*np.sin(a)*1.25*g.aspect], 1)])
-    for s in (-1, 1): p.area(hinge+np.array([[-.12, 0], [-.1, s*.36*g.wing], [.26, s*.3], [.3, 0]]), g.colour(-.22))
-    p.area(hinge+fan, g.colour(-.3)); p.area(hinge+fan*.965, g.colour())
-    rim = fan[1:]*.95
+def _scallop(p: _Pen, g: _Genome, r: _Dice) -> None:
+    a = np.linspace(-1.15, 1.15, 61) * g.shape
+    rad = 1.55 * (1 + 0.022 * np.cos(g.n * 2 * math.pi * np.linspace(0, 1, 61)))
+    hinge = np.array([-0.78, 0.0])
+    fan = np.concatenate([[[0, 0]], np.stack([0.03 + rad * np.cos(a), rad * np.sin(a) * 1.25 * g.aspect], 1)])
+    for s in (-1, 1):
+        p.area(hinge + np.array([[-0.12, 0], [-0.1, s * 0.36 * g.wing], [0.26, s * 0.3], [0.3, 0]]), g.colour(-0.22))
+    p.area(hinge + fan, g.colour(-0.3))
+    p.area(hinge + fan * 0.965, g.colour())
+    rim = fan[1:] * 0.95
     if g.pattern == 'bands':
-        for k in np.linspace(.4, .92, g.count): p.line(hinge+rim*k, .045, g.ink)
+        for k in np.linspace(0.4, 0.92, g.count):
+            p.line(hinge + rim * k, 0.045, g.ink)
     elif g.pattern == 'stripes':
-        for i in np.linspace(4, 56, 2*g.count).round().astype(int): p.area([hinge, hinge+rim[i-2], hinge+rim[i+2]], g.ink)
+        for i in np.linspace(4, 56, 2 * g.count).round().astype(int):
+            p.area([hinge, hinge + rim[i - 2], hinge + rim[i + 2]], g.ink)
     elif g.pattern == 'spots':
-        for k in (.45, .65, .85):
-            for i in np.linspace(8, 52, g.count+1).round().astype(int): p.disc(hinge+rim[i]*k, .06, g.ink, 10)
-    elif g.pattern != 'plain': p.area(np.concatenate([[hinge], hinge+rim*.12*g.count]), g.ink)
-    for i in np.linspace(0, 60, g.n+1).round().astype(int): p.line([hinge+[.05, 0], hinge+rim[i]], .014, g.colour(-.3))
+        for k in (0.45, 0.65, 0.85):
+            for i in np.linspace(8, 52, g.count + 1).round().astype(int):
+                p.disc(hinge + rim[i] * k, 0.06, g.ink, 10)
+    elif g.pattern != 'plain':
+        p.area(np.concatenate([[hinge], hinge + rim * 0.12 * g.count]), g.ink)
+    for i in np.linspace(0, 60, g.n + 1).round().astype(int):
+        p.line([hinge + [0.05, 0], hinge + rim[i]], 0.014, g.colour(-0.3))
 
 # %% ../nbs/02_datasets.ipynb #3614843c
-def _fish(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, fin = g.aspect, g.colour(.05, 200, second=True)
-    for s in (-1, 1):   # tail
-        a = p.way(-.8)+math.pi+.5*s*g.shape; p.area([p.at(-.7, s*.05), p.at(-.78)+.5*g.tail*np.array([math.cos(a), math.sin(a)]), p.at(-.88), p.at(-.75, -s*.03)], fin)
-    x = np.linspace(0, 1, 12); sail = np.sin(math.pi*x**.7)**.8
-    p.area(np.concatenate([p.at(-.5+.85*x, w*.55), p.at(-.6+.85*x, w*.6+.3*g.wing*sail)[::-1]]), fin)
-    p.area(np.concatenate([p.at(-.55+.5*x, -w*.45), p.at(-.68+.5*x, -w*.5-.22*g.wing*sail)[::-1]]), fin)
-    body = lambda t: w*np.interp(t, [-.85, -.7, -.3, .2, .55, .8, .95, 1.], [.1, .13, .55, .98, .95, .66, .3, .02])
-    p.tube(-.85, 1, body, g.colour(-.26), n=48); p.tube(-.83, .98, lambda t: body(t)*.92, g.colour(), n=48); p.tube(-.7, .9, lambda t: body(t)*.4, g.colour(.14, sat=-.2), u=-w*.42)
-    _texture(p, g, -.68, .5, lambda t: body(t)*.85)
-    t = np.linspace(-.9, .9, 10); p.line(p.at(.5+.06*(1-t*t), t*w*.85), .015, g.colour(-.25))   # gill
-    p.area([p.at(.42, -w*.1), p.at(.12, -w*.1-.16*g.limb), p.at(.08, -w*.42-.1*g.limb), p.at(.4, -w*.35)], fin)
-    e = .07+.03*g.antenna; p.oval(.76, w*.22, e, e, (235, 230, 215, 255)); p.oval(.77, w*.22, e*.62, e*.62, _BLACK, 14)
-    if g.horn: p.hair(p.at(.97, -w*.15), p.way(1)-1.2+.2*r.normal(), .3*g.horn, .7, .022, g.colour(-.2), 6)   # barbel
+def _fish(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, fin = g.aspect, g.colour(0.05, 200, second=True)
+    for s in (-1, 1):  # tail
+        a = p.way(-0.8) + math.pi + 0.5 * s * g.shape
+        p.area(
+            [
+                p.at(-0.7, s * 0.05),
+                p.at(-0.78) + 0.5 * g.tail * np.array([math.cos(a), math.sin(a)]),
+                p.at(-0.88),
+                p.at(-0.75, -s * 0.03),
+            ],
+            fin,
+        )
+    x = np.linspace(0, 1, 12)
+    sail = np.sin(math.pi * x**0.7) ** 0.8
+    p.area(
+        np.concatenate([p.at(-0.5 + 0.85 * x, w * 0.55), p.at(-0.6 + 0.85 * x, w * 0.6 + 0.3 * g.wing * sail)[::-1]]),
+        fin,
+    )
+    p.area(
+        np.concatenate(
+            [p.at(-0.55 + 0.5 * x, -w * 0.45), p.at(-0.68 + 0.5 * x, -w * 0.5 - 0.22 * g.wing * sail)[::-1]]
+        ),
+        fin,
+    )
+    body = lambda t: (
+        w * np.interp(t, [-0.85, -0.7, -0.3, 0.2, 0.55, 0.8, 0.95, 1.0], [0.1, 0.13, 0.55, 0.98, 0.95, 0.66, 0.3, 0.02])
+    )
+    p.tube(-0.85, 1, body, g.colour(-0.26), n=48)
+    p.tube(-0.83, 0.98, lambda t: body(t) * 0.92, g.colour(), n=48)
+    p.tube(-0.7, 0.9, lambda t: body(t) * 0.4, g.colour(0.14, sat=-0.2), u=-w * 0.42)
+    _texture(p, g, -0.68, 0.5, lambda t: body(t) * 0.85)
+    t = np.linspace(-0.9, 0.9, 10)
+    p.line(p.at(0.5 + 0.06 * (1 - t * t), t * w * 0.85), 0.015, g.colour(-0.25))  # gill
+    p.area(
+        [
+            p.at(0.42, -w * 0.1),
+            p.at(0.12, -w * 0.1 - 0.16 * g.limb),
+            p.at(0.08, -w * 0.42 - 0.1 * g.limb),
+            p.at(0.4, -w * 0.35),
+        ],
+        fin,
+    )
+    e = 0.07 + 0.03 * g.antenna
+    p.oval(0.76, w * 0.22, e, e, (235, 230, 215, 255))
+    p.oval(0.77, w * 0.22, e * 0.62, e * 0.62, _BLACK, 14)
+    if g.horn:
+        p.hair(
+            p.at(0.97, -w * 0.15), p.way(1) - 1.2 + 0.2 * r.normal(), 0.3 * g.horn, 0.7, 0.022, g.colour(-0.2), 6
+        )  # barbel
 
 # %% ../nbs/02_datasets.ipynb #6f0e40da
-def _ciliate(p:_Pen, g:_Genome, r:_Dice)->None:
-    w = g.aspect*1.1; cell = _egg(-1, 1, w, .35*(g.shape-1)); beat = r.uniform(0, 6)
-    for a in 2*math.pi*np.arange(g.n)/g.n:
-        t, s = .97*math.cos(a), 1 if a < math.pi else -1
-        p.hair(p.at(t, s*cell(t)*.95), a+.3*math.sin(5*a+beat)+s*.1, .13*g.limb, s*.5, .014, g.colour(-.15), 4)
-    for k in range(round(g.horn)): p.hair(p.at(-.95, .05*(k-.5)), math.pi+.3*(k-.5)+.1*r.normal(), .75*g.tail, -1.4 if k else 1.4, .022, g.colour(-.2), 14)   # flagella
-    p.tube(-1, 1, cell, g.colour(-.24), n=44); p.tube(-.96, .96, lambda t: cell(t)*.92, g.colour(.08, 240), n=44)
-    _texture(p, g, -.85, .85, lambda t: cell(t)*.8)
-    p.oval(.12+.05*r.normal(), .1*w*r.normal(), .17*g.antenna, .15*g.antenna, g.colour(-.3, second=True, sat=.2), 18)   # nucleus
-    for t, u in r.uniform(-.6, .6, 8).reshape(4, 2): p.oval(t, u*w, .045, .045, g.colour(.22, 220), 10)
+def _ciliate(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w = g.aspect * 1.1
+    cell = _egg(-1, 1, w, 0.35 * (g.shape - 1))
+    beat = r.uniform(0, 6)
+    for a in 2 * math.pi * np.arange(g.n) / g.n:
+        t, s = 0.97 * math.cos(a), 1 if a < math.pi else -1
+        p.hair(
+            p.at(t, s * cell(t) * 0.95),
+            a + 0.3 * math.sin(5 * a + beat) + s * 0.1,
+            0.13 * g.limb,
+            s * 0.5,
+            0.014,
+            g.colour(-0.15),
+            4,
+        )
+    for k in range(round(g.horn)):
+        p.hair(
+            p.at(-0.95, 0.05 * (k - 0.5)),
+            math.pi + 0.3 * (k - 0.5) + 0.1 * r.normal(),
+            0.75 * g.tail,
+            -1.4 if k else 1.4,
+            0.022,
+            g.colour(-0.2),
+            14,
+        )  # flagella
+    p.tube(-1, 1, cell, g.colour(-0.24), n=44)
+    p.tube(-0.96, 0.96, lambda t: cell(t) * 0.92, g.colour(0.08, 240), n=44)
+    _texture(p, g, -0.85, 0.85, lambda t: cell(t) * 0.8)
+    p.oval(
+        0.12 + 0.05 * r.normal(),
+        0.1 * w * r.normal(),
+        0.17 * g.antenna,
+        0.15 * g.antenna,
+        g.colour(-0.3, second=True, sat=0.2),
+        18,
+    )  # nucleus
+    for t, u in r.uniform(-0.6, 0.6, 8).reshape(4, 2):
+        p.oval(t, u * w, 0.045, 0.045, g.colour(0.22, 220), 10)
 
 # %% ../nbs/02_datasets.ipynb #5ca26dae
-def _cell_chain(p:_Pen, g:_Genome, r:_Dice)->None:
-    w, h = g.aspect/2, .94/g.n
-    for t in -1+2*(np.arange(g.n)+.5)/g.n:
+def _cell_chain(p: _Pen, g: _Genome, r: _Dice) -> None:
+    w, h = g.aspect / 2, 0.94 / g.n
+    for t in -1 + 2 * (np.arange(g.n) + 0.5) / g.n:
         if g.horn:
             for s in (-1, 1):
-                for k in (-.7, .7): p.hair(p.at(t+k*h, s*w*.9), p.way(t)+s*(1.57-.5*k)+.08*r.normal(), .42*g.limb*g.horn, s*k*.4, .015, g.colour(-.15), 6)
-        box = lambda x, t=t: w*np.sqrt(np.clip(1.02-np.abs((x-t)/h)**(4*g.shape), 0, 1))
-        p.tube(t-h, t+h, box, g.colour(-.28), n=16); p.tube(t-h*.86, t+h*.86, lambda x, box=box: box(x)*.86, g.colour(.1, 235), n=16)
+                for k in (-0.7, 0.7):
+                    p.hair(
+                        p.at(t + k * h, s * w * 0.9),
+                        p.way(t) + s * (1.57 - 0.5 * k) + 0.08 * r.normal(),
+                        0.42 * g.limb * g.horn,
+                        s * k * 0.4,
+                        0.015,
+                        g.colour(-0.15),
+                        6,
+                    )
+        box = lambda x, t=t: w * np.sqrt(np.clip(1.02 - np.abs((x - t) / h) ** (4 * g.shape), 0, 1))
+        p.tube(t - h, t + h, box, g.colour(-0.28), n=16)
+        p.tube(t - h * 0.86, t + h * 0.86, lambda x, box=box: box(x) * 0.86, g.colour(0.1, 235), n=16)
         if g.pattern == 'spots':
-            for k in np.linspace(-.5, .5, max(2, g.count//2)): p.oval(t, k*w, h*.3, h*.3, g.ink, 10)
-        elif g.pattern == 'bands': p.tube(t-h*.05*g.count, t+h*.05*g.count, lambda x, box=box: box(x)*.8, g.ink, n=6)
+            for k in np.linspace(-0.5, 0.5, max(2, g.count // 2)):
+                p.oval(t, k * w, h * 0.3, h * 0.3, g.ink, 10)
+        elif g.pattern == 'bands':
+            p.tube(t - h * 0.05 * g.count, t + h * 0.05 * g.count, lambda x, box=box: box(x) * 0.8, g.ink, n=6)
         elif g.pattern == 'stripes':
-            for k in np.linspace(-.5, .5, max(2, g.count//2)): p.line(p.at([t-h*.6, t+h*.6], k*w), .035, g.ink)
-        else: p.oval(t, 0, h*.1*(g.count+1), h*.1*(g.count+1), g.ink, 14); p.oval(t, 0, h*.18, h*.18, g.colour(.2), 10)
+            for k in np.linspace(-0.5, 0.5, max(2, g.count // 2)):
+                p.line(p.at([t - h * 0.6, t + h * 0.6], k * w), 0.035, g.ink)
+        else:
+            p.oval(t, 0, h * 0.1 * (g.count + 1), h * 0.1 * (g.count + 1), g.ink, 14)
+            p.oval(t, 0, h * 0.18, h * 0.18, g.colour(0.2), 10)
 
 # %% ../nbs/02_datasets.ipynb #dcace09a
-def _individual(g:_Genome, r:_Dice)->_Genome:
+def _individual(g: _Genome, r: _Dice) -> _Genome:
     "A specimen's own genome: its species', a little off"
-    off = {k: getattr(g, k)*math.exp(.09*r.normal()) for k in ('aspect', 'limb', 'antenna', 'tail', 'wing')}
-    return replace(g, **off, hue=g.hue+.018*r.normal(), hue2=g.hue2+.018*r.normal(), val=min(.95, max(.25, g.val+.06*r.normal())), sat=min(1, max(.08, g.sat+.07*r.normal())))
+    off = {k: getattr(g, k) * math.exp(0.09 * r.normal()) for k in ('aspect', 'limb', 'antenna', 'tail', 'wing')}
+    return replace(
+        g,
+        **off,
+        hue=g.hue + 0.018 * r.normal(),
+        hue2=g.hue2 + 0.018 * r.normal(),
+        val=min(0.95, max(0.25, g.val + 0.06 * r.normal())),
+        sat=min(1, max(0.08, g.sat + 0.07 * r.normal())),
+    )
 
-def _dirt(size:int, r:_Dice)->Image.Image:
+
+def _dirt(size: int, r: _Dice) -> Image.Image:
     "Specks and fibres on a transparent canvas"
-    im = Image.new('RGBA', (2*size, 2*size)); d = ImageDraw.Draw(im)
+    im = Image.new('RGBA', (2 * size, 2 * size))
+    d = ImageDraw.Draw(im)
     for _ in range(r.integer(3, 12)):
-        x, y, s, c = *r.uniform(0, 2*size, 2), 1+.06*size*r.uniform()**3, r.integer(40, 200)
-        d.ellipse([round(x-s), round(y-.8*s), round(x+s), round(y+.8*s)], fill=(c, c, c*9//10, r.integer(90, 230)))
+        x, y, s, c = *r.uniform(0, 2 * size, 2), 1 + 0.06 * size * r.uniform() ** 3, r.integer(40, 200)
+        d.ellipse(
+            [round(x - s), round(y - 0.8 * s), round(x + s), round(y + 0.8 * s)],
+            fill=(c, c, c * 9 // 10, r.integer(90, 230)),
+        )
     for _ in range(r.integer(0, 4)):
-        x, y, u, v = (round(o) for o in r.uniform(0, 2*size, 4))
-        d.line([x, y, (x+u)//2+8, (y+v)//2-8, u, v], fill=(70, 70, 60, 150), width=r.integer(1, 3))
+        x, y, u, v = (round(o) for o in r.uniform(0, 2 * size, 4))
+        d.line([x, y, (x + u) // 2 + 8, (y + v) // 2 - 8, u, v], fill=(70, 70, 60, 150), width=r.integer(1, 3))
     return im.reduce(2)
 
 # %% ../nbs/02_datasets.ipynb #ecfa4061
-def _over(rgb:np.ndarray, im:Image.Image)->np.ndarray: # (S, S, 3) float32
+def _over(rgb: np.ndarray, im: Image.Image) -> np.ndarray:  # (S, S, 3) float32
     "Lay a picture with transparency over another"
-    top = np.asarray(im, np.float32); alpha = top[..., 3:]/np.float32(255)
-    return rgb*(1-alpha) + top[..., :3]*alpha
+    top = np.asarray(im, np.float32)
+    alpha = top[..., 3:] / np.float32(255)
+    return rgb * (1 - alpha) + top[..., :3] * alpha
 
-def _lit(body:Image.Image, toward:float)->tuple[Image.Image,np.ndarray]: # the body in relief, (S, S) its height
+
+def _lit(body: Image.Image, toward: float) -> tuple[Image.Image, np.ndarray]:  # the body in relief, (S, S) its height
     "Light falls on the slopes of the blurred outline"
-    size = body.width; blur = ImageFilter.BoxBlur(size/40)
-    high = np.asarray(body.getchannel('A').filter(blur).filter(blur), np.float32)/np.float32(255)
+    size = body.width
+    blur = ImageFilter.BoxBlur(size / 40)
+    high = np.asarray(body.getchannel('A').filter(blur).filter(blur), np.float32) / np.float32(255)
     gy, gx = np.gradient(high)
-    light = 1+.75*np.clip((gx*math.cos(toward)+gy*math.sin(toward))*(size/14), -.5, .5)
-    a = np.array(body); a[..., :3] = np.clip(a[..., :3]*light[..., None]+.5, 0, 255).astype(np.uint8)
+    light = 1 + 0.75 * np.clip((gx * math.cos(toward) + gy * math.sin(toward)) * (size / 14), -0.5, 0.5)
+    a = np.array(body)
+    a[..., :3] = np.clip(a[..., :3] * light[..., None] + 0.5, 0, 255).astype(np.uint8)
     return Image.fromarray(a), high
 
 # %% ../nbs/02_datasets.ipynb #1e4cf721
-def _specimen(draw:Callable, g:_Genome, size:int=160, fill:tuple[int,int,int]|None=(255, 255, 255))->Image.Image:
+def _specimen(
+    draw: Callable, g: _Genome, size: int = 160, fill: tuple[int, int, int] | None = (255, 255, 255)
+) -> Image.Image:
     "A species as on the plate of a book: head to the right, evenly lit"
-    p = _Pen(3*size, 0., .7, bend=g.bend); draw(p, g, _Dice('plate'))
+    p = _Pen(3 * size, 0.0, 0.7, bend=g.bend)
+    draw(p, g, _Dice('plate'))
     body, _ = _lit(p.image.reduce(3), 2.2)
-    return body if fill is None else Image.fromarray(np.clip(_over(np.full((size, size, 3), fill, np.float32), body)+.5, 0, 255).astype(np.uint8))
+    return (
+        body
+        if fill is None
+        else Image.fromarray(
+            np.clip(_over(np.full((size, size, 3), fill, np.float32), body) + 0.5, 0, 255).astype(np.uint8)
+        )
+    )
 
-def _photograph(draw:Callable, g:_Genome, r:_Dice, size:int)->Image.Image:
+
+def _photograph(draw: Callable, g: _Genome, r: _Dice, size: int) -> Image.Image:
     "One individual of a species, as a camera under water sees it"
     g = _individual(g, r)
-    p = _Pen(3*size, r.uniform(0, 2*math.pi), .62*min(1.4, g.size*math.exp(.12*r.normal())), r.uniform() < .5, g.bend+.55*g.soft*r.normal(), .35*g.soft*r.normal(), r.uniform(0, 6))
+    p = _Pen(
+        3 * size,
+        r.uniform(0, 2 * math.pi),
+        0.62 * min(1.4, g.size * math.exp(0.12 * r.normal())),
+        r.uniform() < 0.5,
+        g.bend + 0.55 * g.soft * r.normal(),
+        0.35 * g.soft * r.normal(),
+        r.uniform(0, 6),
+    )
     draw(p, g, r)
-    body = ImageChops.offset(p.image, *(round(3*.05*size*r.normal()) for _ in 'xy')).reduce(3)
-    body, high = _lit(body, r.uniform(0, 2*math.pi))
-    water = 255*np.array(colorsys.hsv_to_rgb(.08+.5*r.uniform(), .05+.22*r.uniform(), .62+.3*r.uniform()), np.float32)
+    body = ImageChops.offset(p.image, *(round(3 * 0.05 * size * r.normal()) for _ in 'xy')).reduce(3)
+    body, high = _lit(body, r.uniform(0, 2 * math.pi))
+    water = 255 * np.array(
+        colorsys.hsv_to_rgb(0.08 + 0.5 * r.uniform(), 0.05 + 0.22 * r.uniform(), 0.62 + 0.3 * r.uniform()), np.float32
+    )
     uneven = Image.fromarray(r.raw(4).view(np.uint8)[:25].reshape(5, 5)).resize((size, size), Image.BICUBIC)
-    rgb = water + np.float32(.16)*(np.asarray(uneven, np.float32)-128)[..., None]
-    rgb = rgb*(1-np.float32(.25)*np.roll(high, (size//50, size//50), (0, 1))[..., None])   # the shadow
-    rgb = _over(_over(rgb, body), _dirt(size, r))*np.float32(r.uniform(.75, 1.25))
-    im = Image.fromarray(np.clip(rgb+.5, 0, 255).astype(np.uint8))
-    if (blur := r.uniform(-.8, 1.6)) > 0: im = im.filter(ImageFilter.BoxBlur(blur))
-    grain = r.raw(size*size).view(np.uint8).reshape(size, size, 8).astype(np.int16)
-    noise = (grain[..., :3]+grain[..., 3:6]-255)//32 + (grain[..., 6:7]+grain[..., 7:]-255)//r.integer(8, 40)
-    return Image.fromarray(np.clip(np.asarray(im)+noise, 0, 255).astype(np.uint8))
+    rgb = water + np.float32(0.16) * (np.asarray(uneven, np.float32) - 128)[..., None]
+    rgb = rgb * (1 - np.float32(0.25) * np.roll(high, (size // 50, size // 50), (0, 1))[..., None])  # the shadow
+    rgb = _over(_over(rgb, body), _dirt(size, r)) * np.float32(r.uniform(0.75, 1.25))
+    im = Image.fromarray(np.clip(rgb + 0.5, 0, 255).astype(np.uint8))
+    if (blur := r.uniform(-0.8, 1.6)) > 0:
+        im = im.filter(ImageFilter.BoxBlur(blur))
+    grain = r.raw(size * size).view(np.uint8).reshape(size, size, 8).astype(np.int16)
+    noise = (grain[..., :3] + grain[..., 3:6] - 255) // 32 + (grain[..., 6:7] + grain[..., 7:] - 255) // r.integer(
+        8, 40
+    )
+    return Image.fromarray(np.clip(np.asarray(im) + noise, 0, 255).astype(np.uint8))
 
 # %% ../nbs/02_datasets.ipynb #d03e607f
-_PLANS = {   # body plan → what is attached to it → (how it is drawn, where it starts from)
-    'Articulata': {'Scarabina': (_beetle, dict(aspect=.45, soft=.1)), 'Alatina': (_fly, dict(aspect=.3, soft=.15)), 'Octopodina': (_spider, dict(aspect=.36, soft=.1)),
-                   'Carinata': (_shrimp, dict(aspect=.24, bend=.75)), 'Remipedina': (_copepod, dict(aspect=.36, soft=.12))},
-    'Vermiformia': {'Setigera': (_bristle_worm, dict(aspect=.28, n=16, soft=1.1)), 'Multipeda': (_centipede, dict(aspect=.26, n=14, soft=1.))},
-    'Radialia': {'Medusina': (_medusa, dict(aspect=.42, n=11, soft=.2)), 'Stellina': (_sea_star, dict(aspect=.55)), 'Echinina': (_urchin, dict(n=28))},
-    'Testacea': {'Cochlina': (_snail, dict(aspect=.62, soft=.05)), 'Turritina': (_turret, dict(aspect=.45, n=7, soft=.05)), 'Pectinina': (_scallop, dict(aspect=.42, n=13))},
-    'Pinnata': {'Piscina': (_fish, dict(aspect=.34, soft=.4)), 'Anguillina': (_fish, dict(aspect=.17, soft=1.1))},
-    'Cellularia': {'Ciliatina': (_ciliate, dict(aspect=.5, n=28)), 'Catenata': (_cell_chain, dict(aspect=.42, n=6, soft=.7))},
+_PLANS = {  # body plan → what is attached to it → (how it is drawn, where it starts from)
+    'Articulata': {
+        'Scarabina': (_beetle, dict(aspect=0.45, soft=0.1)),
+        'Alatina': (_fly, dict(aspect=0.3, soft=0.15)),
+        'Octopodina': (_spider, dict(aspect=0.36, soft=0.1)),
+        'Carinata': (_shrimp, dict(aspect=0.24, bend=0.75)),
+        'Remipedina': (_copepod, dict(aspect=0.36, soft=0.12)),
+    },
+    'Vermiformia': {
+        'Setigera': (_bristle_worm, dict(aspect=0.28, n=16, soft=1.1)),
+        'Multipeda': (_centipede, dict(aspect=0.26, n=14, soft=1.0)),
+    },
+    'Radialia': {
+        'Medusina': (_medusa, dict(aspect=0.42, n=11, soft=0.2)),
+        'Stellina': (_sea_star, dict(aspect=0.55)),
+        'Echinina': (_urchin, dict(n=28)),
+    },
+    'Testacea': {
+        'Cochlina': (_snail, dict(aspect=0.62, soft=0.05)),
+        'Turritina': (_turret, dict(aspect=0.45, n=7, soft=0.05)),
+        'Pectinina': (_scallop, dict(aspect=0.42, n=13)),
+    },
+    'Pinnata': {'Piscina': (_fish, dict(aspect=0.34, soft=0.4)), 'Anguillina': (_fish, dict(aspect=0.17, soft=1.1))},
+    'Cellularia': {
+        'Ciliatina': (_ciliate, dict(aspect=0.5, n=28)),
+        'Catenata': (_cell_chain, dict(aspect=0.42, n=6, soft=0.7)),
+    },
 }
-_TRAITS = {   # epithet → what it changes: a factor, or for hue, val, sat and count a difference
-    'gracilis': dict(aspect=.8), 'robusta': dict(aspect=1.25), 'longipes': dict(limb=1.35, antenna=1.3), 'brevipes': dict(limb=.7, antenna=.7), 'macrura': dict(tail=1.5, wing=1.25), 'brachyura': dict(tail=.6, wing=.8),
-    'major': dict(size=1.2), 'minor': dict(size=.8), 'rufescens': dict(hue=-.05), 'virescens': dict(hue=.06), 'pallida': dict(val=.14, sat=-.14), 'obscura': dict(val=-.18), 'ornata': dict(count=2), 'simplex': dict(count=-2),
+_TRAITS = {  # epithet → what it changes: a factor, or for hue, val, sat and count a difference
+    'gracilis': dict(aspect=0.8),
+    'robusta': dict(aspect=1.25),
+    'longipes': dict(limb=1.35, antenna=1.3),
+    'brevipes': dict(limb=0.7, antenna=0.7),
+    'macrura': dict(tail=1.5, wing=1.25),
+    'brachyura': dict(tail=0.6, wing=0.8),
+    'major': dict(size=1.2),
+    'minor': dict(size=0.8),
+    'rufescens': dict(hue=-0.05),
+    'virescens': dict(hue=0.06),
+    'pallida': dict(val=0.14, sat=-0.14),
+    'obscura': dict(val=-0.18),
+    'ornata': dict(count=2),
+    'simplex': dict(count=-2),
 }
 
 # %% ../nbs/02_datasets.ipynb #9b79d512
-def _family(g:_Genome, r:_Dice)->_Genome:
+def _family(g: _Genome, r: _Dice) -> _Genome:
     "A family has its own appendages, and a shade of its order's colours"
-    scale = {k: getattr(g, k)*math.exp(r.uniform(-.4, .4)) for k in ('limb', 'antenna', 'tail', 'wing')}
-    return replace(g, **scale, hue=g.hue+r.uniform(-.12, .12), hue2=g.hue2+r.uniform(-.2, .2), aspect=g.aspect*r.uniform(.82, 1.2), shape=r.uniform(.8, 1.2), n=max(4, round(g.n*r.uniform(.8, 1.35))), horn=r.choice((0., .7, 1.1)))
+    scale = {k: getattr(g, k) * math.exp(r.uniform(-0.4, 0.4)) for k in ('limb', 'antenna', 'tail', 'wing')}
+    return replace(
+        g,
+        **scale,
+        hue=g.hue + r.uniform(-0.12, 0.12),
+        hue2=g.hue2 + r.uniform(-0.2, 0.2),
+        aspect=g.aspect * r.uniform(0.82, 1.2),
+        shape=r.uniform(0.8, 1.2),
+        n=max(4, round(g.n * r.uniform(0.8, 1.35))),
+        horn=r.choice((0.0, 0.7, 1.1)),
+    )
 
-def _genus(g:_Genome, r:_Dice, pattern:str)->_Genome:
+
+def _genus(g: _Genome, r: _Dice, pattern: str) -> _Genome:
     "A genus has its own pattern, and a shade of its family's colours"
-    return replace(g, pattern=pattern, hue=g.hue+r.uniform(-.07, .07), hue2=g.hue2+r.uniform(-.12, .12), sat=r.uniform(.35, .7), val=r.uniform(.5, .8), contrast=r.choice((-.35, -.25, .2)), count=r.integer(3, 6))
+    return replace(
+        g,
+        pattern=pattern,
+        hue=g.hue + r.uniform(-0.07, 0.07),
+        hue2=g.hue2 + r.uniform(-0.12, 0.12),
+        sat=r.uniform(0.35, 0.7),
+        val=r.uniform(0.5, 0.8),
+        contrast=r.choice((-0.35, -0.25, 0.2)),
+        count=r.integer(3, 6),
+    )
 
-def _species(g:_Genome, r:_Dice, n:int)->list[tuple[str,_Genome]]: # epithet and genome of each
+
+def _species(g: _Genome, r: _Dice, n: int) -> list[tuple[str, _Genome]]:  # epithet and genome of each
     "`n` species of a genus: the common one, and others that differ in two traits"
     out, traits = [('vulgaris', g)], r.shuffled(list(_TRAITS))
-    for i in range(n-1):
+    for i in range(n - 1):
         new = g
-        for trait in traits[2*i:2*i+2]:
-            new = replace(new, **{k: getattr(new, k)+v if k in ('hue', 'val', 'sat', 'count') else getattr(new, k)*v for k,v in _TRAITS[trait].items()})
-        out.append((traits[2*i], new))
+        for trait in traits[2 * i : 2 * i + 2]:
+            new = replace(
+                new,
+                **{
+                    k: getattr(new, k) + v if k in ('hue', 'val', 'sat', 'count') else getattr(new, k) * v
+                    for k, v in _TRAITS[trait].items()
+                },
+            )
+        out.append((traits[2 * i], new))
     return out
 
 # %% ../nbs/02_datasets.ipynb #4b7070b4
-def _name(r:_Dice)->str:
+def _name(r: _Dice) -> str:
     "A name for a genus"
-    return (r.choice(('Vel', 'Cor', 'Mar', 'Lep', 'Tri', 'Om', 'Pel', 'Squ', 'Zan', 'Hyd', 'Bry', 'Nem')) + r.choice(('o', 'a', 'i', 'e')) +
-            r.choice(('mer', 'don', 'lis', 'ran', 'pod', 'tes', 'cul', 'bor', 'nax', 'vel', 'gon', 'sis'))+r.choice(('a', 'us', 'ia', 'ella', 'is')))
+    return (
+        r.choice(('Vel', 'Cor', 'Mar', 'Lep', 'Tri', 'Om', 'Pel', 'Squ', 'Zan', 'Hyd', 'Bry', 'Nem'))
+        + r.choice(('o', 'a', 'i', 'e'))
+        + r.choice(('mer', 'don', 'lis', 'ran', 'pod', 'tes', 'cul', 'bor', 'nax', 'vel', 'gon', 'sis'))
+        + r.choice(('a', 'us', 'ia', 'ella', 'is'))
+    )
 
-def _fauna(seed:int=0)->dict[tuple[str,...],tuple[Callable,_Genome]]: # path of each species → how to draw it, genome
+
+def _fauna(
+    seed: int = 0,
+) -> dict[tuple[str, ...], tuple[Callable, _Genome]]:  # path of each species → how to draw it, genome
     "The tree of synthetic organisms, and what is at its leaves"
     found, taken = {}, set()
     for plan, orders in _PLANS.items():
         for order, (draw, start) in orders.items():
             r = _Dice('fauna', seed, order)
-            def add(above, g, pattern, n, rank, r=r, draw=draw):   # a genus of `n` species; a rank of its own if it has several and siblings
-                while (genus := _name(r)) in taken: pass
+
+            def add(
+                above, g, pattern, n, rank, r=r, draw=draw
+            ):  # a genus of `n` species; a rank of its own if it has several and siblings
+                while (genus := _name(r)) in taken:
+                    pass
                 taken.add(genus)
-                for epithet, new in _species(_genus(g, r, pattern), r, n): found[(*above, *((genus,) if rank and n > 1 else ()), f'{genus} {epithet}')] = draw, new
+                for epithet, new in _species(_genus(g, r, pattern), r, n):
+                    found[(*above, *((genus,) if rank and n > 1 else ()), f'{genus} {epithet}')] = draw, new
+
             patterns = r.shuffled(('bands', 'spots', 'stripes', 'eyespots', 'saddle'))
-            hue = r.uniform(); start = _Genome(**start, hue=hue, hue2=hue+r.uniform(.25, .75))
+            hue = r.uniform()
+            start = _Genome(**start, hue=hue, hue2=hue + r.uniform(0.25, 0.75))
             families = r.choice((1, 1, 1, 1, 2))
             for k in range(families):
-                g = _family(start, r); n = r.choice(((2,), (3,), (2, 1), (2, 2)) if families == 1 else ((2,), (2, 1), (2, 2)))
-                above = (plan, order) if families == 1 else (plan, order, _name(r).rstrip('aeius')+'idae')
-                for m in n: add(above, g, patterns.pop(), m, len(n) > 1)
+                g = _family(start, r)
+                n = r.choice(((2,), (3,), (2, 1), (2, 2)) if families == 1 else ((2,), (2, 1), (2, 2)))
+                above = (plan, order) if families == 1 else (plan, order, _name(r).rstrip('aeius') + 'idae')
+                for m in n:
+                    add(above, g, patterns.pop(), m, len(n) > 1)
     return found
 
 # %% ../nbs/02_datasets.ipynb #73643c71
 def synthetic_taxa(
-    root:str|Path|None=None, # folder to write below; by default the cache
-    taxonomy:Taxonomy|str|Path|None=None, # another tree over the species
-    seed:int=0, # another seed, another fauna
-    size:int=112, # pixels
-    largest:int=180, # images of the most common species
-    smallest:int=8, # images of the rarest
-)->ImageTable: # drawn on the first call, read afterwards
+    root: str | Path | None = None,  # folder to write below; by default the cache
+    taxonomy: Taxonomy | str | Path | None = None,  # another tree over the species
+    seed: int = 0,  # another seed, another fauna
+    size: int = 112,  # pixels
+    largest: int = 180,  # images of the most common species
+    smallest: int = 8,  # images of the rarest
+) -> ImageTable:  # drawn on the first call, read afterwards
     "Small organisms drawn by rule: body plan, appendages, texture, size"
-    if not (isinstance(seed, int) and size >= 32 and 1 <= smallest <= largest): raise HiermetricError(f"synthetic-taxa cannot be drawn with seed={seed!r}, size={size}, largest={largest}, smallest={smallest}: the seed is a whole number, size at least 32, and 1 <= smallest <= largest.")
-    home = Path(root or cache_dir()/'datasets').expanduser()/f'synthetic-taxa-{fingerprint(_FAUNA_VERSION, seed, size, largest, smallest)[:8]}'
+    if not (isinstance(seed, int) and size >= 32 and 1 <= smallest <= largest):
+        raise HiermetricError(
+            f"synthetic-taxa cannot be drawn with seed={seed!r}, size={size}, largest={largest}, "
+            f"smallest={smallest}: the seed is a whole number, size at least 32, and 1 <= smallest <= largest."
+        )
+    home = (
+        Path(root or cache_dir() / 'datasets').expanduser()
+        / f'synthetic-taxa-{fingerprint(_FAUNA_VERSION, seed, size, largest, smallest)[:8]}'
+    )
     if not settle(home).exists():
         with in_turn(home):
-            if not home.exists():   # and no other process has just drawn them
-                with atomic_path(home) as tmp: _draw_all(tmp, seed, size, largest, smallest)
+            if not home.exists():  # and no other process has just drawn them
+                with atomic_path(home) as tmp:
+                    _draw_all(tmp, seed, size, largest, smallest)
     return folder_dataset(home, taxonomy, None, 'synthetic-taxa')
 
-_FAUNA_VERSION = 1   # goes up when the drawings change
+
+_FAUNA_VERSION = 1  # goes up when the drawings change
 
 # %% ../nbs/02_datasets.ipynb #9b78e625
-def _draw_part(home:str|Path, seed:int, size:int, largest:int, smallest:int, part:int=0, parts:int=1, show:bool=False)->None:
+def _draw_part(
+    home: str | Path,
+    seed: int,
+    size: int,
+    largest: int,
+    smallest: int,
+    part: int = 0,
+    parts: int = 1,
+    show: bool = False,
+) -> None:
     "Draw every `parts`-th image into the class folders"
-    fauna = _fauna(seed); species = _Dice('abundance', seed).shuffled(list(fauna)); counts = np.geomspace(largest, smallest, len(species)).round().astype(int)
+    fauna = _fauna(seed)
+    species = _Dice('abundance', seed).shuffled(list(fauna))
+    counts = np.geomspace(largest, smallest, len(species)).round().astype(int)
     mine = [(path, i) for path, n in zip(species, counts) for i in range(n)][part::parts]
-    for path, i in track(mine, f'Drawing {counts.sum():,} organisms', transient=True, disable=not (show and sys.stdout.isatty())):
-        name = path[-1]; _photograph(*fauna[path], _Dice(seed, name, i), size).save(Path(home)/name/f'{name} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0)
+    for path, i in track(
+        mine, f'Drawing {counts.sum():,} organisms', transient=True, disable=not (show and sys.stdout.isatty())
+    ):
+        name = path[-1]
+        _photograph(*fauna[path], _Dice(seed, name, i), size).save(
+            Path(home) / name / f'{name} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0
+        )
 
-def _draw_all(home:Path, seed:int, size:int, largest:int, smallest:int)->None:
+
+def _draw_all(home: Path, seed: int, size: int, largest: int, smallest: int) -> None:
     "Write `taxonomy.csv` and the images of every species"
     fauna = _fauna(seed)
-    for o in fauna: (home/o[-1]).mkdir(parents=True)
-    pd.DataFrame([(o[-1], '/'.join(o[:-1])) for o in fauna], columns=['class', 'lineage']).to_csv(home/'taxonomy.csv', index=False)
-    parts = min(8, os.cpu_count() or 1) if largest*len(fauna) > 2000 else 1
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(str(files('hiermetric'))).parent), os.environ.get('PYTHONPATH', '')])}
-    code = f"from hiermetric.datasets import _draw_part; _draw_part({str(home)!r}, {seed}, {size}, {largest}, {smallest}, %d, {parts})"
+    for o in fauna:
+        (home / o[-1]).mkdir(parents=True)
+    pd.DataFrame([(o[-1], '/'.join(o[:-1])) for o in fauna], columns=['class', 'lineage']).to_csv(
+        home / 'taxonomy.csv', index=False
+    )
+    parts = min(8, os.cpu_count() or 1) if largest * len(fauna) > 2000 else 1
+    env = {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join([str(Path(str(files('hiermetric'))).parent), os.environ.get('PYTHONPATH', '')]),
+    }
+    code = (
+        f"from hiermetric.datasets import _draw_part; _draw_part({str(home)!r}, {seed}, {size}, {largest}, "
+        f"{smallest}, %d, {parts})"
+    )
     helpers = [subprocess.Popen([sys.executable, '-c', code % k], env=env) for k in range(1, parts)]
     try:
         _draw_part(home, seed, size, largest, smallest, 0, parts, True)
-        if any(o.wait() for o in helpers): raise RuntimeError('A process that draws organisms failed; its message is above.')
+        if any(o.wait() for o in helpers):
+            raise RuntimeError('A process that draws organisms failed; its message is above.')
     finally:
-        for o in helpers: o.kill(); o.wait()
+        for o in helpers:
+            o.kill()
+            o.wait()
 
 # %% ../nbs/02_datasets.ipynb #9d8e2e14
-DATASETS = Registry('data set',
-    **{'synthetic-taxa': ('hiermetric.datasets.synthetic_taxa', 'about 60 species of small organisms, drawn from a seed; the default, needs nothing'),
-       'tiny-imagenet': ('hiermetric.datasets.tiny_imagenet', '200 ImageNet classes at 64 px, WordNet tree; 237 MB from cs231n.stanford.edu'),
-       'planktonset': ('hiermetric.datasets.planktonset', '121 classes of marine plankton, long tail, ragged tree; from NOAA NCEI, which publishes no checksum'),
-       'cifar-100': ('hiermetric.datasets.cifar_100', '100 classes at 32 px in 20 superclasses; 162 MB from cs.toronto.edu')})
+DATASETS = Registry(
+    'data set',
+    **{
+        'synthetic-taxa': (
+            'hiermetric.datasets.synthetic_taxa',
+            'about 60 species of small organisms, drawn from a seed; the default, needs nothing',
+        ),
+        'tiny-imagenet': (
+            'hiermetric.datasets.tiny_imagenet',
+            '200 ImageNet classes at 64 px, WordNet tree; 237 MB from cs231n.stanford.edu',
+        ),
+        'planktonset': (
+            'hiermetric.datasets.planktonset',
+            '121 classes of marine plankton, long tail, ragged tree; from NOAA NCEI, which publishes no checksum',
+        ),
+        'cifar-100': (
+            'hiermetric.datasets.cifar_100',
+            '100 classes at 32 px in 20 superclasses; 162 MB from cs.toronto.edu',
+        ),
+    },
+)
 
-def list_datasets()->pd.DataFrame: # indexed by name
+
+def list_datasets() -> pd.DataFrame:  # indexed by name
     "The data sets that `load_dataset` knows by name"
     return DATASETS.table()
 
+
 def load_dataset(
-    name_or_folder:str|Path='synthetic-taxa', # a name of `list_datasets`, or a folder of class folders
-    taxonomy:Taxonomy|str|Path|None=None, # a tree, or a file with one; None for the data set's own
-    root:str|Path|None=None, # where a named data set lies; None looks in `data_dir()`, then downloads
+    name_or_folder: str | Path = 'synthetic-taxa',  # a name of `list_datasets`, or a folder of class folders
+    taxonomy: Taxonomy | str | Path | None = None,  # a tree, or a file with one; None for the data set's own
+    root: str | Path | None = None,  # where a named data set lies; None looks in `data_dir()`, then downloads
     *,
-    held_out:int|Iterable[str]=(), # classes (or how many) that keep their place in the tree, but whose images are only in the split 'unseen'
-    val:float=0.1, # share for validation, where no split is given
-    test:float=0.2, # share for testing, where no split is given
-    keep_empty:bool=False, # keep classes without images in the tree
-    contract:bool=False, # take inner nodes with a single child out of the tree, which else stays as it is given
-    tree:int|None=None, # which tree, counted from 1, of a Newick file with several
-    sep:str|None=None, # between the ranks of the lineages in a CSV; None: what the file uses
-    **kw, # for the loader: `fill` and `name` of a folder; `seed`, `size` … of synthetic-taxa
-)->ImageTable: # images, their tree, and who trains and tests
+    # classes (or how many) that keep their place in the tree, but whose images are only in the split 'unseen'
+    held_out: int | Iterable[str] = (),
+    val: float = 0.1,  # share for validation, where no split is given
+    test: float = 0.2,  # share for testing, where no split is given
+    keep_empty: bool = False,  # keep classes without images in the tree
+    contract: bool = False,  # take inner nodes with a single child out of the tree, which else stays as it is given
+    tree: int | None = None,  # which tree, counted from 1, of a Newick file with several
+    sep: str | None = None,  # between the ranks of the lineages in a CSV; None: what the file uses
+    **kw,  # for the loader: `fill` and `name` of a folder; `seed`, `size` … of synthetic-taxa
+) -> ImageTable:  # images, their tree, and who trains and tests
     "A table of images by name or from a folder"
     known = str(name_or_folder) in DATASETS
     if not known and not Path(name_or_folder).expanduser().is_dir():
-        raise HiermetricError(f"{str(name_or_folder)!r} is neither a data set ({', '.join(DATASETS)}) nor a folder.{did_you_mean(name_or_folder, DATASETS) or _nearby(Path(name_or_folder).expanduser().resolve())}")
-    if taxonomy is not None: taxonomy = read_taxonomy(taxonomy, tree, sep)
-    elif tree is not None: raise HiermetricError(f"tree={tree} chooses among the trees of a Newick file, and no taxonomy is given; give one with taxonomy=… (--taxonomy).")
-    elif sep is not None: raise HiermetricError(f"sep={sep!r} parts the lineages of a CSV, and no taxonomy is given; give one with taxonomy=… (--taxonomy).")
-    table = DATASETS[str(name_or_folder)](root=root, taxonomy=taxonomy, **kw) if known else folder_dataset(name_or_folder, taxonomy, **kw)
+        raise HiermetricError(
+            f"{str(name_or_folder)!r} is neither a data set ({', '.join(DATASETS)}) nor a "
+            f"folder.{did_you_mean(name_or_folder, DATASETS) or _nearby(Path(name_or_folder).expanduser().resolve())}"
+        )
+    if taxonomy is not None:
+        taxonomy = read_taxonomy(taxonomy, tree, sep)
+    elif tree is not None:
+        raise HiermetricError(
+            f"tree={tree} chooses among the trees of a Newick file, and no taxonomy is given; give one with "
+            "taxonomy=… (--taxonomy)."
+        )
+    elif sep is not None:
+        raise HiermetricError(
+            f"sep={sep!r} parts the lineages of a CSV, and no taxonomy is given; give one with taxonomy=… (--taxonomy)."
+        )
+    table = (
+        DATASETS[str(name_or_folder)](root=root, taxonomy=taxonomy, **kw)
+        if known
+        else folder_dataset(name_or_folder, taxonomy, **kw)
+    )
     return _complete(table, held_out, val, test, keep_empty, contract)

@@ -22,82 +22,115 @@ __all__ = ['PENALTIES', 'DISTANCES', 'CELLS', 'edge_weights', 'HBCELoss', 'max_c
 
 # %% ../nbs/08_hbce.ipynb #f5d2d4c6
 def edge_weights(
-    positive:Tensor, # (n, N−1) bool, which nodes are true of each training sample; need not be closed under ancestors
-    taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (N−1,) float32, in [0, 1]; 1 where the parent is never false
+    positive: Tensor,  # (n, N−1) bool, which nodes are true of each training sample; need not be closed under ancestors
+    taxonomy: Taxonomy,  # tree over the N nodes
+) -> Tensor:  # (N−1,) float32, in [0, 1]; 1 where the parent is never false
     "Data-driven weight of the edge above each node, @eq-edge-weight"
-    if positive.dtype != torch.bool or positive.shape[1:] != (len(taxonomy)-1,): raise HiermetricError(f"Labels must be a boolean tensor of shape (n, {len(taxonomy)-1}), one column for each node below the root, not {positive.dtype} {tuple(positive.shape)}; `path_targets` makes one of node ids.")
-    no = ~F.pad(positive, (1, 0), value=True).index_select(1, taxonomy.tensor('parents', positive.device)[1:])   # is the parent false?
-    return 1 - (positive & no).sum(0)/no.sum(0).clamp_min(1)
+    if positive.dtype != torch.bool or positive.shape[1:] != (len(taxonomy) - 1,):
+        raise HiermetricError(
+            f"Labels must be a boolean tensor of shape (n, {len(taxonomy) - 1}), one column for each node below "
+            f"the root, not {positive.dtype} {tuple(positive.shape)}; `path_targets` makes one of node ids."
+        )
+    no = ~F.pad(positive, (1, 0), value=True).index_select(
+        1, taxonomy.tensor('parents', positive.device)[1:]
+    )  # is the parent false?
+    return 1 - (positive & no).sum(0) / no.sum(0).clamp_min(1)
 
 # %% ../nbs/08_hbce.ipynb #2156b9a9
 class _Tables(NamedTuple):
     "What a tree needs on a device"
-    parent:Tensor # (N−1,) column of each node's parent; its own for the nodes right below the root
-    parent32:Tensor # (N−1,) the same in int32
-    near:Tensor # (N, r) columns of the ancestors 0 … r−1 edges up; never the root
-    far:Tensor # (N, r) the ancestors 0, r, 2r … edges up
-    one:Tensor # scalar
-    node:Tensor # (N−1,) ω
-    edge:Tensor # (N−1,) w; 0 right below the root, where nothing can be violated
-    depth:Tensor # (N−1,)
-    flat:bool # all ω are 1
-    even:bool # all w are 1
 
-def _ladder(up:Tensor, r:int)->Tensor: # (N,), r to (N, r)
+    parent: Tensor  # (N−1,) column of each node's parent; its own for the nodes right below the root
+    parent32: Tensor  # (N−1,) the same in int32
+    near: Tensor  # (N, r) columns of the ancestors 0 … r−1 edges up; never the root
+    far: Tensor  # (N, r) the ancestors 0, r, 2r … edges up
+    one: Tensor  # scalar
+    node: Tensor  # (N−1,) ω
+    edge: Tensor  # (N−1,) w; 0 right below the root, where nothing can be violated
+    depth: Tensor  # (N−1,)
+    flat: bool  # all ω are 1
+    even: bool  # all w are 1
+
+
+def _ladder(up: Tensor, r: int) -> Tensor:  # (N,), r to (N, r)
     "Where 0, 1, … r−1 steps lead"
     out = [torch.arange(len(up))]
-    out[0][0] = 1   # the root has no column; its place is taken by one of its children, and `one_pass` leaves that alone
-    for _ in range(r-1): out.append(up[out[-1]])
+    out[0][0] = 1  # the root has no column; its place is taken by one of its children, and `one_pass` leaves that alone
+    for _ in range(r - 1):
+        out.append(up[out[-1]])
     return torch.stack(out, 1)
 
-def _tables(tax:Taxonomy, node:Tensor, edge:Tensor, like:Tensor)->_Tables:
-    "Tables on the device of `like`, numbers in its type"
-    own, depths = torch.arange(len(tax)), tax.tensor('depths'); up = torch.where(depths > 1, tax.tensor('parents'), own)
-    r = math.isqrt(max(tax.height-1, 0)) + 1; near = _ladder(up, r); far = _ladder(up[near[:, -1]], r)
-    flat, even = bool((node == 1).all()), bool((edge == 1).all())
-    return _Tables(*(o.to(like.device) for o in (up[1:] - 1, (up[1:] - 1).int(), near - 1, far)), *(o.to(like) for o in (torch.ones(()), node, edge*(depths[1:] > 1), depths[1:])), flat, even)
 
-def _path_columns(targets:Tensor, k:_Tables)->Tensor: # (B,) to (B, r²); columns repeat
+def _tables(tax: Taxonomy, node: Tensor, edge: Tensor, like: Tensor) -> _Tables:
+    "Tables on the device of `like`, numbers in its type"
+    own, depths = torch.arange(len(tax)), tax.tensor('depths')
+    up = torch.where(depths > 1, tax.tensor('parents'), own)
+    r = math.isqrt(max(tax.height - 1, 0)) + 1
+    near = _ladder(up, r)
+    far = _ladder(up[near[:, -1]], r)
+    flat, even = bool((node == 1).all()), bool((edge == 1).all())
+    return _Tables(
+        *(o.to(like.device) for o in (up[1:] - 1, (up[1:] - 1).int(), near - 1, far)),
+        *(o.to(like) for o in (torch.ones(()), node, edge * (depths[1:] > 1), depths[1:])),
+        flat,
+        even,
+    )
+
+
+def _path_columns(targets: Tensor, k: _Tables) -> Tensor:  # (B,) to (B, r²); columns repeat
     return k.near.index_select(0, k.far.index_select(0, targets).view(-1)).view(len(targets), -1)
 
 # %% ../nbs/08_hbce.ipynb #6c2c2058
-def _of_parents(p:Tensor, k:_Tables, out:Tensor)->Tensor: # (b, N−1)
+def _of_parents(p: Tensor, k: _Tables, out: Tensor) -> Tensor:  # (b, N−1)
     "Each node's parent; on one core `index_select` takes half the time of `gather`, on several it still uses one"
-    if p.is_cpu and torch.get_num_threads() == 1: return torch.index_select(p, 1, k.parent32, out=out)
+    if p.is_cpu and torch.get_num_threads() == 1:
+        return torch.index_select(p, 1, k.parent32, out=out)
     return torch.gather(p, 1, k.parent.expand(len(p), -1), out=out)
 
-def _to_parents(v:Tensor, k:_Tables, t:Tensor)->None: v.scatter_add_(1, k.parent.expand(len(v), -1), t)
-def _slope(v:Tensor, p:Tensor)->None: torch.ops.aten.sigmoid_backward.grad_input(v, p, grad_input=v)   # v·p·(1 − p)
 
-def _above(u:Tensor, k:_Tables, t:Tensor, v:Tensor)->Tensor:
+def _to_parents(v: Tensor, k: _Tables, t: Tensor) -> None:
+    v.scatter_add_(1, k.parent.expand(len(v), -1), t)
+
+
+def _slope(v: Tensor, p: Tensor) -> None:
+    torch.ops.aten.sigmoid_backward.grad_input(v, p, grad_input=v)  # v·p·(1 − p)
+
+
+def _above(u: Tensor, k: _Tables, t: Tensor, v: Tensor) -> Tensor:
     "Σ w·max(0, u_c − u_parent), and its derivative by u in `v`"
     torch.gt(u, _of_parents(u, k, t), out=v)
-    if not k.even: v.mul_(k.edge)
+    if not k.even:
+        v.mul_(k.edge)
     _to_parents(v, k, torch.neg(v, out=t))
     return torch.dot(u.view(-1), v.view(-1))
 
-def _hinge(x:Tensor, p:Tensor, k:_Tables, threshold:float, t:Tensor, v:Tensor)->Tensor:
+
+def _hinge(x: Tensor, p: Tensor, k: _Tables, threshold: float, t: Tensor, v: Tensor) -> Tensor:
     value = _above(p, k, t, v)
     _slope(v, p)
     return value
 
-def _log(x:Tensor, p:Tensor, k:_Tables, threshold:float, t:Tensor, v:Tensor)->Tensor:
+
+def _log(x: Tensor, p: Tensor, k: _Tables, threshold: float, t: Tensor, v: Tensor) -> Tensor:
     value = _above(F.logsigmoid(x), k, t, v)
     v.mul_(torch.sub(1, p, out=t))
     return value
 
-def _product(x:Tensor, p:Tensor, k:_Tables, threshold:float, t:Tensor, v:Tensor)->Tensor:
+
+def _product(x: Tensor, p: Tensor, k: _Tables, threshold: float, t: Tensor, v: Tensor) -> Tensor:
     torch.sub(1, _of_parents(p, k, t), out=v).mul_(k.edge)
     value = torch.dot(p.view(-1), v.view(-1))
-    _to_parents(v, k, torch.mul(p, -k.edge, out=t)); _slope(v, p)
+    _to_parents(v, k, torch.mul(p, -k.edge, out=t))
+    _slope(v, p)
     return value
 
-def _hard(x:Tensor, p:Tensor, k:_Tables, threshold:float, t:Tensor, v:Tensor)->Tensor:
-    v.zero_()
-    return ((p > threshold) & (_of_parents(p, k, t) <= threshold)).sum(0).to(p.dtype)@k.edge
 
-def _none(x:Tensor, p:Tensor, k:_Tables, threshold:float, t:Tensor, v:Tensor)->Tensor:
+def _hard(x: Tensor, p: Tensor, k: _Tables, threshold: float, t: Tensor, v: Tensor) -> Tensor:
+    v.zero_()
+    return ((p > threshold) & (_of_parents(p, k, t) <= threshold)).sum(0).to(p.dtype) @ k.edge
+
+
+def _none(x: Tensor, p: Tensor, k: _Tables, threshold: float, t: Tensor, v: Tensor) -> Tensor:
     v.zero_()
     return p.new_zeros(())
 
@@ -105,181 +138,284 @@ def _none(x:Tensor, p:Tensor, k:_Tables, threshold:float, t:Tensor, v:Tensor)->T
 PENALTIES = {'hinge': _hinge, 'product': _product, 'log': _log, 'hard': _hard, 'none': _none}
 DISTANCES = ('none', 'soft', 'hard')
 
+
 class HBCELoss:
     "Hierarchical binary cross-entropy, @eq-hbce: `loss(node_logits, targets)` is a scalar"
-    def __init__(self,
-        taxonomy:Taxonomy, # tree over the N nodes
-        penalty:str='hinge', # on violated edges, one of `PENALTIES`; 'hard' is the published one
-        weight:float|Sequence[float]|Tensor=1., # λ, or (N−1,) λ·w of the edge above each node, see `edge_weights`
-        distance:str='none', # penalty on the distance from the truth, one of `DISTANCES`
-        distance_weight:float=.1, # μ
-        level_weights:float|str|Sequence[float]|Tensor='uniform', # ω: a scheme of `Taxonomy.level_weights`, (H,) weights of levels, (N−1,) weights of nodes, or a number a for `tree_prior` to the power −a
-        threshold:float=.5, # t of the hard penalties, in (0, 1)
+
+    def __init__(
+        self,
+        taxonomy: Taxonomy,  # tree over the N nodes
+        penalty: str = 'hinge',  # on violated edges, one of `PENALTIES`; 'hard' is the published one
+        # λ, or (N−1,) λ·w of the edge above each node, see `edge_weights`
+        weight: float | Sequence[float] | Tensor = 1.0,
+        distance: str = 'none',  # penalty on the distance from the truth, one of `DISTANCES`
+        distance_weight: float = 0.1,  # μ
+        # ω: a scheme of `Taxonomy.level_weights`, (H,) weights of levels, (N−1,) weights of nodes, or a number a for
+        # `tree_prior` to the power −a
+        level_weights: float | str | Sequence[float] | Tensor = 'uniform',
+        threshold: float = 0.5,  # t of the hard penalties, in (0, 1)
     ):
-        self.taxonomy, self.penalty, self.distance = taxonomy, choice('penalty', penalty, PENALTIES), choice('distance', distance, DISTANCES)
-        self.weight, self.distance_weight, self.level_weights, self.threshold = weight, float(distance_weight), level_weights, float(threshold)
-        if not 0 < threshold < 1: raise HiermetricError(f"The threshold must be a probability between 0 and 1, not {threshold}.")
+        self.taxonomy = taxonomy
+        self.penalty = choice('penalty', penalty, PENALTIES)
+        self.distance = choice('distance', distance, DISTANCES)
+        self.weight = weight
+        self.distance_weight = float(distance_weight)
+        self.level_weights = level_weights
+        self.threshold = float(threshold)
+        if not 0 < threshold < 1:
+            raise HiermetricError(f"The threshold must be a probability between 0 and 1, not {threshold}.")
         n, w = len(taxonomy) - 1, torch.as_tensor(weight, dtype=torch.float64)
-        if not w.isfinite().all() or (w < 0).any() or w.shape not in ((), (n,)): raise HiermetricError(f"The weight of the penalty must be one number, or {n} (one for the edge above each node), finite and none below 0; got shape {tuple(w.shape)}.")
-        if not 0 <= distance_weight < math.inf: raise HiermetricError(f"The weight of the distance must be a number from 0 up, not {distance_weight}.")
-        self._scale, self._edge = (float(w), torch.ones(n)) if w.ndim == 0 else (1., w)
+        if not w.isfinite().all() or (w < 0).any() or w.shape not in ((), (n,)):
+            raise HiermetricError(
+                f"The weight of the penalty must be one number, or {n} (one for the edge above each node), finite "
+                f"and none below 0; got shape {tuple(w.shape)}."
+            )
+        if not 0 <= distance_weight < math.inf:
+            raise HiermetricError(f"The weight of the distance must be a number from 0 up, not {distance_weight}.")
+        self._scale, self._edge = (float(w), torch.ones(n)) if w.ndim == 0 else (1.0, w)
         self._node, self._on = _node_weights(level_weights, taxonomy), {}
 
 # %% ../nbs/08_hbce.ipynb #5d3f46d0
 @patch
-def _wrong_edges(self:HBCELoss, p:Tensor, targets:Tensor, k:_Tables)->Tensor: # scalar
+def _wrong_edges(self: HBCELoss, p: Tensor, targets: Tensor, k: _Tables) -> Tensor:  # scalar
     "Edges between the deepest predicted node and the label, @eq-distance-hard, summed over the samples"
-    best = ((p > self.threshold)*(k.depth + p)).max(1)
+    best = ((p > self.threshold) * (k.depth + p)).max(1)
     return self.taxonomy.edge_distance(torch.where(best.values > 0, best.indices + 1, 0), targets).sum()
 
+
 @patch
-def _slice(self:HBCELoss, x:Tensor, g:Tensor, targets:Tensor, on:Tensor, yes:Tensor, error:Tensor, p:Tensor, t:Tensor, v:Tensor, k:_Tables)->tuple[Tensor, Tensor]:
+def _slice(
+    self: HBCELoss,
+    x: Tensor,
+    g: Tensor,
+    targets: Tensor,
+    on: Tensor,
+    yes: Tensor,
+    error: Tensor,
+    p: Tensor,
+    t: Tensor,
+    v: Tensor,
+    k: _Tables,
+) -> tuple[Tensor, Tensor]:
     "The penalties, −Σ ω log T (on the CPU), and in `g` the gradient"
-    torch.sub(k.one, torch.sigmoid(torch.neg(x, out=t), out=t), out=p)   # 1 − p, p
-    if x.is_cpu: t.scatter_(1, on, yes).log_()
-    nll = -(t.sum() if k.flat else t.sum(0)@k.node) if x.is_cpu else None
-    cost = self._scale*PENALTIES[self.penalty](x, p, k, self.threshold, t, v)
-    if self.distance == 'hard': cost = cost + self.distance_weight*self._wrong_edges(p, targets, k)
-    p.scatter_(1, on, error)   # e = p − y
+    torch.sub(k.one, torch.sigmoid(torch.neg(x, out=t), out=t), out=p)  # 1 − p, p
+    if x.is_cpu:
+        t.scatter_(1, on, yes).log_()
+    nll = -(t.sum() if k.flat else t.sum(0) @ k.node) if x.is_cpu else None
+    cost = self._scale * PENALTIES[self.penalty](x, p, k, self.threshold, t, v)
+    if self.distance == 'hard':
+        cost = cost + self.distance_weight * self._wrong_edges(p, targets, k)
+    p.scatter_(1, on, error)  # e = p − y
     if self.distance == 'soft':
-        cost = cost + self.distance_weight*p.abs().sum()
-        v.mul_(self._scale).add_(p*(1 - p.abs()), alpha=self.distance_weight)
-    torch.add(p if k.flat else p.mul_(k.node), v, alpha=1. if self.distance == 'soft' else self._scale, out=g)
+        cost = cost + self.distance_weight * p.abs().sum()
+        v.mul_(self._scale).add_(p * (1 - p.abs()), alpha=self.distance_weight)
+    torch.add(p if k.flat else p.mul_(k.node), v, alpha=1.0 if self.distance == 'soft' else self._scale, out=g)
     return cost, nll
 
 # %% ../nbs/08_hbce.ipynb #ba18549c
-CELLS = 2**17 # cells that a core works on at a time: four such matrices of float32 fit its cache
+CELLS = 2**17  # cells that a core works on at a time: four such matrices of float32 fit its cache
+
 
 @patch
-def one_pass(self:HBCELoss,
-    z:Tensor, # (B, N−1) float32 or float64 logits, contiguous, neither size 0; those below the labels already out of the way
-    targets:Tensor, # (B,) node ids
-    node_weights:Tensor|None=None, # (N−1,) ω in place of the loss's own
-)->tuple[Tensor, Tensor]: # scalar loss; (B, N−1) its gradient, times B·(N−1)
+def one_pass(
+    self: HBCELoss,
+    # (B, N−1) float32 or float64 logits, contiguous, neither size 0; those below the labels already out of the way
+    z: Tensor,
+    targets: Tensor,  # (B,) node ids
+    node_weights: Tensor | None = None,  # (N−1,) ω in place of the loss's own
+) -> tuple[Tensor, Tensor]:  # scalar loss; (B, N−1) its gradient, times B·(N−1)
     "Value and gradient of @eq-hbce together"
     (B, n), k, grad = z.shape, self._tables(z), torch.empty_like(z)
-    if node_weights is not None: k = k._replace(node=node_weights.to(z), flat=False)
-    rows = min(B, max(1, CELLS*torch.get_num_threads()//n)) if z.is_cpu else B
-    on, told = _path_columns(targets, k), (targets > 0).to(z.dtype)[:, None]   # the label 'root' tells nothing
+    if node_weights is not None:
+        k = k._replace(node=node_weights.to(z), flat=False)
+    rows = min(B, max(1, CELLS * torch.get_num_threads() // n)) if z.is_cpu else B
+    on, told = _path_columns(targets, k), (targets > 0).to(z.dtype)[:, None]  # the label 'root' tells nothing
     truth = z.gather(1, on).sigmoid_()
     whole, work = (z, grad, targets, on, truth + (1 - told), truth - told), [z.new_empty(rows, n) for _ in range(3)]
-    if rows == B: parts = [self._slice(*whole, *work, k)]
-    else: parts = [self._slice(*(o[i:i+rows] for o in whole), *(o[:B-i] for o in work), k) for i in range(0, B, rows)]
+    if rows == B:
+        parts = [self._slice(*whole, *work, k)]
+    else:
+        parts = [
+            self._slice(*(o[i : i + rows] for o in whole), *(o[: B - i] for o in work), k) for i in range(0, B, rows)
+        ]
     costs, nlls = zip(*parts)
     total = torch.stack([*costs, *nlls]).sum() if z.is_cpu else None
-    if total is None or not math.isfinite(total): total = torch.stack(costs).sum() + (bce(z, path_targets(targets, self.taxonomy)[0])@k.node).sum()
-    return total/z.numel(), grad
+    if total is None or not math.isfinite(total):
+        total = torch.stack(costs).sum() + (bce(z, path_targets(targets, self.taxonomy)[0]) @ k.node).sum()
+    return total / z.numel(), grad
+
 
 @patch
-def _tables(self:HBCELoss, like:Tensor)->_Tables:
+def _tables(self: HBCELoss, like: Tensor) -> _Tables:
     "Made once for each device and type"
     key = like.device, like.dtype
-    if key not in self._on: self._on[key] = _tables(self.taxonomy, self._node, self._edge, like)
+    if key not in self._on:
+        self._on[key] = _tables(self.taxonomy, self._node, self._edge, like)
     return self._on[key]
 
 # %% ../nbs/08_hbce.ipynb #60df1f7a
 class _OnePass(torch.autograd.Function):
     "`HBCELoss.one_pass` for autograd; a second backward pass through the same graph computes the gradient anew"
+
     @staticmethod
-    def forward(ctx, z:Tensor, targets:Tensor, node_weights:Tensor|None, loss:HBCELoss)->Tensor:
-        ctx.save_for_backward(z, targets, node_weights); ctx.loss = loss
+    def forward(ctx, z: Tensor, targets: Tensor, node_weights: Tensor | None, loss: HBCELoss) -> Tensor:
+        ctx.save_for_backward(z, targets, node_weights)
+        ctx.loss = loss
         value, ctx.grad = loss.one_pass(z.detach(), targets, node_weights)
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale:Tensor)->tuple[Tensor, None, None, None]:
+    def backward(ctx, scale: Tensor) -> tuple[Tensor, None, None, None]:
         grad, ctx.grad = ctx.grad, None
-        if grad is None: grad = ctx.loss.one_pass(*ctx.saved_tensors)[1]
-        return grad.mul_(scale/grad.numel()), None, None, None
+        if grad is None:
+            grad = ctx.loss.one_pass(*ctx.saved_tensors)[1]
+        return grad.mul_(scale / grad.numel()), None, None, None
 
 # %% ../nbs/08_hbce.ipynb #32c298c1
 @patch
-def __call__(self:HBCELoss,
-    node_logits:Tensor, # (B, N−1) column j is node j+1
-    targets:Tensor, # (B,) node ids, leaves or not
-    node_weights:Tensor|None=None, # (N−1,) ω in place of `level_weights`, N−1 in sum
-)->Tensor: # scalar, mean over batch and nodes; 0 for an empty batch or a tree of one node
+def __call__(
+    self: HBCELoss,
+    node_logits: Tensor,  # (B, N−1) column j is node j+1
+    targets: Tensor,  # (B,) node ids, leaves or not
+    node_weights: Tensor | None = None,  # (N−1,) ω in place of `level_weights`, N−1 in sum
+) -> Tensor:  # scalar, mean over batch and nodes; 0 for an empty batch or a tree of one node
     "@eq-hbce"
     n = len(self.taxonomy) - 1
-    if node_logits.ndim != 2 or node_logits.shape[1] != n or not node_logits.is_floating_point(): raise HiermetricError(f"Node logits must be floating-point numbers of shape (B, {n}), one for each node but the root, not {node_logits.dtype} {tuple(node_logits.shape)}.")
+    if node_logits.ndim != 2 or node_logits.shape[1] != n or not node_logits.is_floating_point():
+        raise HiermetricError(
+            f"Node logits must be floating-point numbers of shape (B, {n}), one for each node but the root, not "
+            f"{node_logits.dtype} {tuple(node_logits.shape)}."
+        )
     check_targets(targets, self.taxonomy, len(node_logits), False)
     z, targets = node_logits.to(torch.promote_types(node_logits.dtype, torch.float32)).contiguous(), targets.long()
-    if not z.numel(): return z.sum()
+    if not z.numel():
+        return z.sum()
     try:
-        if not z.is_cpu or self.taxonomy.tensor('heights').take(targets).any(): z = _hide_below(z, targets, self.taxonomy)
-        return _OnePass.apply(z, targets, node_weights, self) if z.requires_grad and torch.is_grad_enabled() else self.one_pass(z, targets, node_weights)[0]
+        if not z.is_cpu or self.taxonomy.tensor('heights').take(targets).any():
+            z = _hide_below(z, targets, self.taxonomy)
+        return (
+            _OnePass.apply(z, targets, node_weights, self)
+            if z.requires_grad and torch.is_grad_enabled()
+            else self.one_pass(z, targets, node_weights)[0]
+        )
     except IndexError:
-        check_targets(targets, self.taxonomy)   # says which
+        check_targets(targets, self.taxonomy)  # says which
         raise
 
-def _hide_below(z:Tensor, targets:Tensor, tax:Taxonomy)->Tensor: # (B, N−1)
+
+def _hide_below(z: Tensor, targets: Tensor, tax: Taxonomy) -> Tensor:  # (B, N−1)
     "The lowest logit for the nodes strictly below the labels"
     v, u = targets[:, None], torch.arange(1, len(tax), device=z.device)
     return z.masked_fill((u > v) & (u <= tax.tensor('last', z.device)[v]), torch.finfo(z.dtype).min)
 
 # %% ../nbs/08_hbce.ipynb #00e9c1cc
 def max_constraint_loss(
-    node_logits:Tensor, # (B, N−1)
-    targets:Tensor, # (B,) node ids, leaves or not
-    taxonomy:Taxonomy, # tree over the N nodes
-    node_weights:Tensor|None=None, # (N−1,) ω, N−1 in sum; None: all 1
-)->Tensor: # scalar, mean over batch and nodes; 0 for an empty batch
+    node_logits: Tensor,  # (B, N−1)
+    targets: Tensor,  # (B,) node ids, leaves or not
+    taxonomy: Taxonomy,  # tree over the N nodes
+    node_weights: Tensor | None = None,  # (N−1,) ω, N−1 in sum; None: all 1
+) -> Tensor:  # scalar, mean over batch and nodes; 0 for an empty batch
     "The loss of C-HMCNN(h), @eq-max-constraint [@giunchiglia2020coherent]"
     positive, known = path_targets(targets, taxonomy)
     low = torch.finfo(node_logits.dtype).min
-    def highest(z:Tensor)->Tensor: return closure(F.pad(z, (1, 0), value=low), taxonomy)[:, 1:]
+
+    def highest(z: Tensor) -> Tensor:
+        return closure(F.pad(z, (1, 0), value=low), taxonomy)[:, 1:]
+
     cells = bce(torch.where(positive, highest(node_logits.masked_fill(~positive, low)), highest(node_logits)), positive)
-    if known is not None: cells = cells*known
-    return (cells if node_weights is None else cells*node_weights).sum()/max(cells.numel(), 1)
+    if known is not None:
+        cells = cells * known
+    return (cells if node_weights is None else cells * node_weights).sum() / max(cells.numel(), 1)
 
 # %% ../nbs/08_hbce.ipynb #21f08977
 class SphereMultiHier(SphereMulti):
     "Hyperspherical multi-label head, trained with hierarchical binary cross-entropy, @eq-hbce"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # N nodes; M without chains
-        penalty:str='hinge', # on violated edges, one of `PENALTIES`
-        penalty_weight:float|Sequence[float]|Tensor=1., # λ, or (M−1,) λ·w of the tree without chains
-        distance:str='none', # penalty on the distance from the truth, one of `DISTANCES`
-        distance_weight:float=.1, # μ
-        threshold:float=.5, # t of the hard penalties
-        s:float=16., # scale
-        m:float=0.1, # margin, radians, in [0, π)
-        margin:str='positives', # who gets the margin, see `SphereMulti`
-        bias:str='learned', # 'learned', 'fixed' or 'none'
-        scale:str='fixed', # 'fixed', 'learned' or 'label'
-        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: counted before training
-        tail:str='smooth', # see `add_margin`
-        init:str='xavier_uniform', # rule that fills `weight`
-        decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
-        node_weights:float|str|Sequence[float]|Tensor=.5, # ω, see `SphereMulti`
-    ):
-        super().__init__(in_features, taxonomy, s=s, m=m, margin=margin, bias=bias, scale=scale, prior=prior, tail=tail, init=init, decode=decode, node_weights=node_weights)
-        if (w := torch.as_tensor(penalty_weight)).shape not in ((), (len(self.tree) - 1,)): raise HiermetricError(f"The weight of the penalty must be one number, or {len(self.tree)-1} (one for the edge above each node{_without_chains(self.tree, taxonomy)}); got shape {tuple(w.shape)}.")
-        self.hbce = HBCELoss(self.tree, penalty, penalty_weight, distance, distance_weight, threshold=threshold)
-        self.penalty, self.distance, self.distance_weight, self.threshold = penalty, distance, self.hbce.distance_weight, self.hbce.threshold
-        self.penalty_weight = w.tolist()   # as a checkpoint can hold it
 
-    def node_loss(self, node_logits:Tensor, targets:Tensor)->Tensor: return self.hbce(node_logits, self.on_tree(targets), self.node_weights)
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # N nodes; M without chains
+        penalty: str = 'hinge',  # on violated edges, one of `PENALTIES`
+        penalty_weight: float | Sequence[float] | Tensor = 1.0,  # λ, or (M−1,) λ·w of the tree without chains
+        distance: str = 'none',  # penalty on the distance from the truth, one of `DISTANCES`
+        distance_weight: float = 0.1,  # μ
+        threshold: float = 0.5,  # t of the hard penalties
+        s: float = 16.0,  # scale
+        m: float = 0.1,  # margin, radians, in [0, π)
+        margin: str = 'positives',  # who gets the margin, see `SphereMulti`
+        bias: str = 'learned',  # 'learned', 'fixed' or 'none'
+        scale: str = 'fixed',  # 'fixed', 'learned' or 'label'
+        # (M−1,) how often each node of the tree without chains is true; None: counted before training
+        prior: Tensor | Sequence[float] | None = None,
+        tail: str = 'smooth',  # see `add_margin`
+        init: str = 'xavier_uniform',  # rule that fills `weight`
+        decode: str = 'leaves',  # from node logits to node probabilities, one of `DECODES`
+        node_weights: float | str | Sequence[float] | Tensor = 0.5,  # ω, see `SphereMulti`
+    ):
+        super().__init__(
+            in_features,
+            taxonomy,
+            s=s,
+            m=m,
+            margin=margin,
+            bias=bias,
+            scale=scale,
+            prior=prior,
+            tail=tail,
+            init=init,
+            decode=decode,
+            node_weights=node_weights,
+        )
+        if (w := torch.as_tensor(penalty_weight)).shape not in ((), (len(self.tree) - 1,)):
+            raise HiermetricError(
+                f"The weight of the penalty must be one number, or {len(self.tree) - 1} (one for the edge above "
+                f"each node{_without_chains(self.tree, taxonomy)}); got shape {tuple(w.shape)}."
+            )
+        self.hbce = HBCELoss(self.tree, penalty, penalty_weight, distance, distance_weight, threshold=threshold)
+        self.penalty = penalty
+        self.distance = distance
+        self.distance_weight = self.hbce.distance_weight
+        self.threshold = self.hbce.threshold
+        self.penalty_weight = w.tolist()  # as a checkpoint can hold it
+
+    def node_loss(self, node_logits: Tensor, targets: Tensor) -> Tensor:
+        return self.hbce(node_logits, self.on_tree(targets), self.node_weights)
 
 # %% ../nbs/08_hbce.ipynb #a0b05f49
 class SphereMaxConstraint(SphereMulti):
     "Hyperspherical multi-label head, trained with the max-constraint loss, @eq-max-constraint, and read by closure"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # N nodes; M without chains
-        s:float=16., # scale
-        m:float=0.1, # margin, radians, in [0, π)
-        margin:str='positives', # who gets the margin, see `SphereMulti`
-        bias:str='learned', # 'learned', 'fixed' or 'none'
-        scale:str='fixed', # 'fixed', 'learned' or 'label'
-        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: counted before training
-        tail:str='smooth', # see `add_margin`
-        init:str='xavier_uniform', # rule that fills `weight`
-        decode:str='closure', # from node logits to node probabilities, one of `DECODES`
-        node_weights:float|str|Sequence[float]|Tensor=.5, # ω, see `SphereMulti`
-    ):
-        super().__init__(in_features, taxonomy, s=s, m=m, margin=margin, bias=bias, scale=scale, prior=prior, tail=tail, init=init, decode=decode, node_weights=node_weights)
 
-    def node_loss(self, node_logits:Tensor, targets:Tensor)->Tensor: return max_constraint_loss(node_logits, self.on_tree(targets), self.tree, self.node_weights)
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # N nodes; M without chains
+        s: float = 16.0,  # scale
+        m: float = 0.1,  # margin, radians, in [0, π)
+        margin: str = 'positives',  # who gets the margin, see `SphereMulti`
+        bias: str = 'learned',  # 'learned', 'fixed' or 'none'
+        scale: str = 'fixed',  # 'fixed', 'learned' or 'label'
+        # (M−1,) how often each node of the tree without chains is true; None: counted before training
+        prior: Tensor | Sequence[float] | None = None,
+        tail: str = 'smooth',  # see `add_margin`
+        init: str = 'xavier_uniform',  # rule that fills `weight`
+        decode: str = 'closure',  # from node logits to node probabilities, one of `DECODES`
+        node_weights: float | str | Sequence[float] | Tensor = 0.5,  # ω, see `SphereMulti`
+    ):
+        super().__init__(
+            in_features,
+            taxonomy,
+            s=s,
+            m=m,
+            margin=margin,
+            bias=bias,
+            scale=scale,
+            prior=prior,
+            tail=tail,
+            init=init,
+            decode=decode,
+            node_weights=node_weights,
+        )
+
+    def node_loss(self, node_logits: Tensor, targets: Tensor) -> Tensor:
+        return max_constraint_loss(node_logits, self.on_tree(targets), self.tree, self.node_weights)

@@ -25,525 +25,814 @@ __all__ = ['COSTS', 'METRICS', 'mistake_cost', 'mistake_height', 'check_node_pro
 # %% ../nbs/10_metrics.ipynb #4eeaf3a3
 COSTS = 'lca_height', 'lca_depth_cost', 'edge_distance'
 
+
 def mistake_cost(
-    answers:np.ndarray, # (…) node ids, broadcast against `targets`
-    targets:np.ndarray, # (…) true node ids, leaf or internal
-    tax:Taxonomy, # tree over the nodes
-    cost:str='lca_height', # of the table above
-)->np.ndarray: # (…) int, levels or edges
+    answers: np.ndarray,  # (…) node ids, broadcast against `targets`
+    targets: np.ndarray,  # (…) true node ids, leaf or internal
+    tax: Taxonomy,  # tree over the nodes
+    cost: str = 'lca_height',  # of the table above
+) -> np.ndarray:  # (…) int, levels or edges
     "What each answer costs; 0 where it is the truth or lies below it"
     choice('cost', cost, COSTS)
     a, t = tax._nodes(*(o.detach().cpu().numpy() if isinstance(o, Tensor) else o for o in (answers, targets)))
     lca = tax.lca(a, t)
-    if cost == 'lca_height': d = tax.heights[lca]
-    else: d = tax.height - tax.depths[lca] if cost == 'lca_depth_cost' else tax.depths[a] + tax.depths[t] - 2*tax.depths[lca]
+    if cost == 'lca_height':
+        d = tax.heights[lca]
+    else:
+        d = (
+            tax.height - tax.depths[lca]
+            if cost == 'lca_depth_cost'
+            else tax.depths[a] + tax.depths[t] - 2 * tax.depths[lca]
+        )
     return np.where(lca == t, 0, d)
 
-def mistake_height(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->np.ndarray: # (…) int, in levels
+
+def mistake_height(answers: np.ndarray, targets: np.ndarray, tax: Taxonomy) -> np.ndarray:  # (…) int, in levels
     "`mistake_cost` as @eq-d has it: the height of the lowest common ancestor of answer and truth"
     return mistake_cost(answers, targets, tax)
 
 # %% ../nbs/10_metrics.ipynb #b74034dc
-def _rows(n:int, width:int, cells:int=2**22)->Iterator[slice]: # slices over n rows, each of about `cells` numbers
-    step = max(1, cells//width)
-    for i in range(0, n, step): yield slice(i, min(i+step, n))
+def _rows(
+    n: int, width: int, cells: int = 2**22
+) -> Iterator[slice]:  # slices over n rows, each of about `cells` numbers
+    step = max(1, cells // width)
+    for i in range(0, n, step):
+        yield slice(i, min(i + step, n))
 
-def _where(bad:Tensor)->tuple[int,int]: # row and column of the first True
+
+def _where(bad: Tensor) -> tuple[int, int]:  # row and column of the first True
     return divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
 
 # %% ../nbs/10_metrics.ipynb #f34ca0c6
 def check_node_probs(
-    node_probs:Tensor|np.ndarray, # (B, N)
-    tax:Taxonomy, # tree over the N nodes
-    tol:float=1e-3, # slack for rounding
-    coherent:bool=True, # also refuse a child above its parent
-)->Tensor: # (B, N) the same numbers as a tensor, at least float32
+    node_probs: Tensor | np.ndarray,  # (B, N)
+    tax: Taxonomy,  # tree over the N nodes
+    tol: float = 1e-3,  # slack for rounding
+    coherent: bool = True,  # also refuse a child above its parent
+) -> Tensor:  # (B, N) the same numbers as a tensor, at least float32
     "Refuse what is no probability over the nodes of `tax`, naming the first culprit"
     p = torch.as_tensor(node_probs)
-    if p.ndim != 2 or p.shape[1] != len(tax): raise HiermetricError(f"node_probs has shape {tuple(p.shape)}, but this tree needs (images, {len(tax)}): one column a node; `tax.node_probs` makes them from leaf probabilities.")
-    if p.dtype not in (torch.float32, torch.float64): p = p.float()
+    if p.ndim != 2 or p.shape[1] != len(tax):
+        raise HiermetricError(
+            f"node_probs has shape {tuple(p.shape)}, but this tree needs (images, {len(tax)}): one column a node; "
+            "`tax.node_probs` makes them from leaf probabilities."
+        )
+    if p.dtype not in (torch.float32, torch.float64):
+        p = p.float()
     for rows in _rows(*p.shape):
         q = p[rows]
         low, high = (float(o) for o in torch.aminmax(q))
-        if not (low >= -tol and high <= 1+tol):   # also where NaN
-            i, j = _where(~((q >= -tol) & (q <= 1+tol)))
-            raise HiermetricError(f"node_probs is {float(q[i,j]):g} for image {rows.start+i} at {tax.names[j]!r}; probabilities lie in [0, 1]. Are these logits?")
-        if ((q[:,0] - 1).abs() > tol).any(): raise HiermetricError(f"node_probs must be 1 at the root, but is {float(q[:,0].min()):g} for image {rows.start + int(q[:,0].argmin())}.")
+        if not (low >= -tol and high <= 1 + tol):  # also where NaN
+            i, j = _where(~((q >= -tol) & (q <= 1 + tol)))
+            raise HiermetricError(
+                f"node_probs is {float(q[i, j]):g} for image {rows.start + i} at {tax.names[j]!r}; probabilities "
+                "lie in [0, 1]. Are these logits?"
+            )
+        if ((q[:, 0] - 1).abs() > tol).any():
+            raise HiermetricError(
+                f"node_probs must be 1 at the root, but is {float(q[:, 0].min()):g} for image "
+                f"{rows.start + int(q[:, 0].argmin())}."
+            )
         if coherent and len(tax) > 1:
-            above = q[:,1:] - q.index_select(1, tax.tensor('parents', q.device)[1:])
+            above = q[:, 1:] - q.index_select(1, tax.tensor('parents', q.device)[1:])
             if float(above.max()) > tol:
-                i, j = _where(above > tol); c = j+1
-                raise HiermetricError(f"Image {rows.start+i} gives {tax.names[c]!r} {float(q[i,c]):.3g} and its parent {tax.names[tax.parents[c]]!r} only {float(q[i,tax.parents[c]]):.3g}; make node_probs coherent first (no child above its parent).")
+                i, j = _where(above > tol)
+                c = j + 1
+                raise HiermetricError(
+                    f"Image {rows.start + i} gives {tax.names[c]!r} {float(q[i, c]):.3g} and its parent "
+                    f"{tax.names[tax.parents[c]]!r} only {float(q[i, tax.parents[c]]):.3g}; make node_probs "
+                    "coherent first (no child above its parent)."
+                )
     return p
 
 # %% ../nbs/10_metrics.ipynb #79fb8a1b
 def check_targets(
-    targets:Tensor|np.ndarray, # (B,) node ids
-    tax:Taxonomy, # tree
-    n:int|None=None, # how many there must be
-    what:str='target', # for the message
-)->np.ndarray: # (B,) int64
+    targets: Tensor | np.ndarray,  # (B,) node ids
+    tax: Taxonomy,  # tree
+    n: int | None = None,  # how many there must be
+    what: str = 'target',  # for the message
+) -> np.ndarray:  # (B,) int64
     "Refuse what is not a list of nodes of `tax`"
     t = targets.detach().cpu().numpy() if isinstance(targets, Tensor) else np.asarray(targets)
-    if t.ndim != 1 or t.dtype.kind not in 'iu': raise HiermetricError(f"The {what}s must be one node id an image (integers), but have shape {t.shape} and type {t.dtype}.")
-    if n is not None and len(t) != n: raise HiermetricError(f"There are {len(t)} {what}s for {n} images.")
-    if not len(t): raise HiermetricError("There are no images to judge.")
+    if t.ndim != 1 or t.dtype.kind not in 'iu':
+        raise HiermetricError(
+            f"The {what}s must be one node id an image (integers), but have shape {t.shape} and type {t.dtype}."
+        )
+    if n is not None and len(t) != n:
+        raise HiermetricError(f"There are {len(t)} {what}s for {n} images.")
+    if not len(t):
+        raise HiermetricError("There are no images to judge.")
     if ((t < 0) | (t >= len(tax))).any():
         i = int(((t < 0) | (t >= len(tax))).argmax())
-        raise HiermetricError(f"The {what} of image {i} is {t[i]}, outside the tree's node ids 0…{len(tax)-1}; `tax.index(name)` gives a node's id.")
+        raise HiermetricError(
+            f"The {what} of image {i} is {t[i]}, outside the tree's node ids 0…{len(tax) - 1}; `tax.index(name)` "
+            "gives a node's id."
+        )
     return t.astype(np.int64)
 
 # %% ../nbs/10_metrics.ipynb #a163fa24
 def rank_leaves(
-    scores:Tensor|np.ndarray, # (B, L) higher is better
-    k:int, # leaves wanted; all L where there are fewer
-)->np.ndarray: # (B, min(k, L)) leaf columns, best first; ties in tree order
+    scores: Tensor | np.ndarray,  # (B, L) higher is better
+    k: int,  # leaves wanted; all L where there are fewer
+) -> np.ndarray:  # (B, min(k, L)) leaf columns, best first; ties in tree order
     "The `k` best leaves of each image"
     s, k = torch.as_tensor(scores), _whole_number('The number of leaves wanted', k)
-    if s.ndim != 2 or not s.shape[1]: raise HiermetricError(f"Scores have the shape (images, leaves), not {tuple(s.shape)}.")
+    if s.ndim != 2 or not s.shape[1]:
+        raise HiermetricError(f"Scores have the shape (images, leaves), not {tuple(s.shape)}.")
     k = min(k, s.shape[1])
-    top = s.topk(min(k+1, s.shape[1]), dim=1)   # NaN comes first
-    if top.values[:,0].isnan().any(): raise HiermetricError(f"The score of image {int(top.values[:,0].isnan().int().argmax())} for a leaf is NaN; it cannot be ranked.")
-    cols, tied = top.indices[:,:k], (top.values[:,1:] == top.values[:,:-1]).any(1)
-    if tied.any(): cols[tied] = s[tied].argsort(dim=1, descending=True, stable=True)[:,:k]
+    top = s.topk(min(k + 1, s.shape[1]), dim=1)  # NaN comes first
+    if top.values[:, 0].isnan().any():
+        raise HiermetricError(
+            f"The score of image {int(top.values[:, 0].isnan().int().argmax())} for a leaf is NaN; it cannot be ranked."
+        )
+    cols, tied = top.indices[:, :k], (top.values[:, 1:] == top.values[:, :-1]).any(1)
+    if tied.any():
+        cols[tied] = s[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
     return cols.cpu().numpy()
 
 # %% ../nbs/10_metrics.ipynb #9c7bb58e
 def ranked_distances(
-    scores:Tensor|np.ndarray, # (B, L) higher is better
-    targets:np.ndarray, # (B,) true node ids
-    tax:Taxonomy, # tree
-    k:int=20, # leaves to look at
-    cost:str='lca_height', # see `mistake_cost`
-)->np.ndarray: # (B, min(k, L)) levels
+    scores: Tensor | np.ndarray,  # (B, L) higher is better
+    targets: np.ndarray,  # (B,) true node ids
+    tax: Taxonomy,  # tree
+    k: int = 20,  # leaves to look at
+    cost: str = 'lca_height',  # see `mistake_cost`
+) -> np.ndarray:  # (B, min(k, L)) levels
     "Distance from the truth of each of the `k` best leaves"
-    scores = torch.as_tensor(scores); t = check_targets(targets, tax, len(scores)); _check_scores(scores, len(t), tax)
+    scores = torch.as_tensor(scores)
+    t = check_targets(targets, tax, len(scores))
+    _check_scores(scores, len(t), tax)
     ranked = [rank_leaves(scores[rows], k) for rows in _rows(len(t), tax.n_leaves)]
-    return mistake_cost(tax.leaves[np.concatenate(ranked)], t[:,None], tax, cost)
+    return mistake_cost(tax.leaves[np.concatenate(ranked)], t[:, None], tax, cost)
 
-def _check_scores(scores:Tensor|np.ndarray, n:int, tax:Taxonomy)->None:
-    if tuple(scores.shape) != (n, tax.n_leaves): raise HiermetricError(f"The ranking has shape {tuple(scores.shape)}; it must hold one score for each of {n} images and {tax.n_leaves} leaves.")
 
-def topk_accuracy(scores:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy, k:int=1)->float:
+def _check_scores(scores: Tensor | np.ndarray, n: int, tax: Taxonomy) -> None:
+    if tuple(scores.shape) != (n, tax.n_leaves):
+        raise HiermetricError(
+            f"The ranking has shape {tuple(scores.shape)}; it must hold one score for each of {n} images and "
+            f"{tax.n_leaves} leaves."
+        )
+
+
+def topk_accuracy(scores: Tensor | np.ndarray, targets: np.ndarray, tax: Taxonomy, k: int = 1) -> float:
     "Share of images with a right leaf among their `k` best"
     return float((ranked_distances(scores, targets, tax, k) == 0).any(1).mean())
 
-def hierarchical_distance(scores:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy, k:int=1, cost:str='lca_height')->float:
+
+def hierarchical_distance(
+    scores: Tensor | np.ndarray, targets: np.ndarray, tax: Taxonomy, k: int = 1, cost: str = 'lca_height'
+) -> float:
     "HD@k: mean distance of the `k` best leaves from the truth, in levels"
     return float(ranked_distances(scores, targets, tax, k, cost).mean())
 
 # %% ../nbs/10_metrics.ipynb #4eb47ecf
 def distance_floor(
-    targets:np.ndarray, # (B,) true node ids
-    tax:Taxonomy, # tree
-    k:int, # leaves that are ranked
-    cost:str='lca_height', # see `mistake_cost`
-)->np.ndarray: # (B,) levels; their mean is the lowest HD@k that a ranking can reach
+    targets: np.ndarray,  # (B,) true node ids
+    tax: Taxonomy,  # tree
+    k: int,  # leaves that are ranked
+    cost: str = 'lca_height',  # see `mistake_cost`
+) -> np.ndarray:  # (B,) levels; their mean is the lowest HD@k that a ranking can reach
     "HD@k of a perfect ranker, for each image"
     node, back = np.unique(check_targets(targets, tax), return_inverse=True)
-    k, under = min(_whole_number('The number of leaves that are ranked', k), tax.n_leaves), tax.leaf_stop - tax.leaf_start
-    if choice('cost', cost, COSTS) == 'edge_distance': return np.array([np.partition(mistake_cost(tax.leaves, i, tax, cost), k-1)[:k].mean() for i in node])[back]
+    k = min(_whole_number('The number of leaves that are ranked', k), tax.n_leaves)
+    under = tax.leaf_stop - tax.leaf_start
+    if choice('cost', cost, COSTS) == 'edge_distance':
+        return np.array([np.partition(mistake_cost(tax.leaves, i, tax, cost), k - 1)[:k].mean() for i in node])[back]
     price = tax.heights if cost == 'lca_height' else tax.height - tax.depths
     taken, total = np.minimum(under[node], k), np.zeros(len(node))
     while (taken < k).any():
         node = np.maximum(tax.parents[node], 0)
         now = np.minimum(under[node], k)
-        total += price[node]*(now - taken); taken = now
-    return (total/k)[back]
+        total += price[node] * (now - taken)
+        taken = now
+    return (total / k)[back]
 
 # %% ../nbs/10_metrics.ipynb #2d482dbd
-def accuracy(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
+def accuracy(answers: np.ndarray, targets: np.ndarray, tax: Taxonomy) -> float:
     "Share of answers that are the truth or lie below it"
     return float((mistake_height(*_answered(answers, targets, tax), tax) == 0).mean())
 
-def exact_path(answers:np.ndarray, targets:np.ndarray)->float:
+
+def exact_path(answers: np.ndarray, targets: np.ndarray) -> float:
     "Share of answers that are the truth itself, so that the whole path agrees"
     a, t = np.asarray(answers), np.asarray(targets)
-    if a.shape != t.shape or not a.size: raise HiermetricError(f"Give one answer and one truth an image, not shapes {a.shape} and {t.shape}.")
+    if a.shape != t.shape or not a.size:
+        raise HiermetricError(f"Give one answer and one truth an image, not shapes {a.shape} and {t.shape}.")
     return float((a == t).mean())
 
-def macro_accuracy(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
-    "Mean over the classes among `targets` of the share of right answers"
-    a, t = _answered(answers, targets, tax); c = np.unique(t, return_inverse=True)[1]
-    return float((np.bincount(c, mistake_height(a, t, tax) == 0)/np.bincount(c)).mean())
 
-def mistake_severity(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy, cost:str='lca_height')->float:
+def macro_accuracy(answers: np.ndarray, targets: np.ndarray, tax: Taxonomy) -> float:
+    "Mean over the classes among `targets` of the share of right answers"
+    a, t = _answered(answers, targets, tax)
+    c = np.unique(t, return_inverse=True)[1]
+    return float((np.bincount(c, mistake_height(a, t, tax) == 0) / np.bincount(c)).mean())
+
+
+def mistake_severity(answers: np.ndarray, targets: np.ndarray, tax: Taxonomy, cost: str = 'lca_height') -> float:
     "Mean distance over the wrong answers only; NaN without a mistake"
     d = mistake_cost(*_answered(answers, targets, tax), tax, cost)
     return float(d[d > 0].mean()) if d.any() else math.nan
 
-def _answered(answers:Tensor|np.ndarray, targets:Tensor|np.ndarray, tax:Taxonomy)->tuple[np.ndarray,np.ndarray]: # (B,) and (B,) int64
+
+def _answered(
+    answers: Tensor | np.ndarray, targets: Tensor | np.ndarray, tax: Taxonomy
+) -> tuple[np.ndarray, np.ndarray]:  # (B,) and (B,) int64
     t = check_targets(targets, tax)
     return check_targets(answers, tax, len(t), 'answer'), t
 
 # %% ../nbs/10_metrics.ipynb #5f0f8bde
-def _ratio(a:np.ndarray, b:np.ndarray)->np.ndarray: # a/b; 1 where nothing was claimed or nothing was to find
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # a/b; 1 where nothing was claimed or nothing was to find
     return np.divide(a, b, out=np.ones(np.broadcast(a, b).shape), where=np.asarray(b) > 0)
 
-def _overlap(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->tuple[np.ndarray,...]: # sizes of the shared set, the answer's, the truth's
+
+def _overlap(
+    answers: np.ndarray, targets: np.ndarray, tax: Taxonomy
+) -> tuple[np.ndarray, ...]:  # sizes of the shared set, the answer's, the truth's
     return tax.depths[tax.lca(answers, targets)], tax.depths[answers], tax.depths[targets]
 
 # %% ../nbs/10_metrics.ipynb #c94e3b44
 def hierarchical_f1(
-    answers:np.ndarray, # (B,) node ids
-    targets:np.ndarray, # (B,) true node ids
-    tax:Taxonomy, # tree
-    average:str='micro', # 'micro': sums over the images, then a ratio; 'macro': a ratio for each image, then the mean
-)->tuple[float,float,float]: # hP, hR, hF1
+    answers: np.ndarray,  # (B,) node ids
+    targets: np.ndarray,  # (B,) true node ids
+    tax: Taxonomy,  # tree
+    # 'micro': sums over the images, then a ratio; 'macro': a ratio for each image, then the mean
+    average: str = 'micro',
+) -> tuple[float, float, float]:  # hP, hR, hF1
     "Hierarchical precision, recall and F1 over the sets of ancestors, root left out"
-    if average not in ('micro', 'macro'): raise HiermetricError(f"There is no average {average!r}; there are 'micro' and 'macro'.")
+    if average not in ('micro', 'macro'):
+        raise HiermetricError(f"There is no average {average!r}; there are 'micro' and 'macro'.")
     sizes = _overlap(*_answered(answers, targets, tax), tax)
     both, said, true = [o.sum() for o in sizes] if average == 'micro' else sizes
-    return tuple(float(_ratio(*o).mean()) for o in [(both, said), (both, true), (2*both, said + true)])
+    return tuple(float(_ratio(*o).mean()) for o in [(both, said), (both, true), (2 * both, said + true)])
 
 # %% ../nbs/10_metrics.ipynb #155b3ac6
-def _information(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->tuple[np.ndarray,...]: # of each answer: correct, precision, recall
+def _information(
+    answers: np.ndarray, targets: np.ndarray, tax: Taxonomy
+) -> tuple[np.ndarray, ...]:  # of each answer: correct, precision, recall
     lca, info = tax.lca(answers, targets), tax.information
-    return (lca == answers) | (lca == targets), np.where(lca == targets, 1., _ratio(info[lca], info[answers])), _ratio(info[lca], info[targets])
+    return (
+        (lca == answers) | (lca == targets),
+        np.where(lca == targets, 1.0, _ratio(info[lca], info[answers])),
+        _ratio(info[lca], info[targets]),
+    )
 
 # %% ../nbs/10_metrics.ipynb #94141409
-def correctness(answers:np.ndarray, targets:np.ndarray, tax:Taxonomy)->float:
+def correctness(answers: np.ndarray, targets: np.ndarray, tax: Taxonomy) -> float:
     "Share of answers that do not contradict the truth: at, above or below it"
     return float(_information(*_answered(answers, targets, tax), tax)[0].mean())
 
+
 def information_scores(
-    answers:np.ndarray, # (B,) node ids
-    targets:np.ndarray, # (B,) true node ids
-    tax:Taxonomy, # tree
-)->tuple[float,float]: # precision, recall
-    "What an answer says and the truth confirms, in bits: as a share of all it says, and of all there is to say; means over the images"
+    answers: np.ndarray,  # (B,) node ids
+    targets: np.ndarray,  # (B,) true node ids
+    tax: Taxonomy,  # tree
+) -> tuple[float, float]:  # precision, recall
+    """What an answer says and the truth confirms, in bits: as a share of all it says, and of all there is to say; means
+    over the images"""
     return tuple(float(o.mean()) for o in _information(*_answered(answers, targets, tax), tax)[1:])
 
 # %% ../nbs/10_metrics.ipynb #1f1a7b69
-def _below(counts:np.ndarray, tax:Taxonomy)->np.ndarray: # (…, N) sums over the subtree of every node
-    sums = np.concatenate([np.zeros_like(counts[...,:1]), counts.cumsum(-1)], -1)
-    return sums[...,tax.last+1] - sums[...,:-1]
+def _below(counts: np.ndarray, tax: Taxonomy) -> np.ndarray:  # (…, N) sums over the subtree of every node
+    sums = np.concatenate([np.zeros_like(counts[..., :1]), counts.cumsum(-1)], -1)
+    return sums[..., tax.last + 1] - sums[..., :-1]
 
-def _at(*nodes:np.ndarray, n_nodes:int)->np.ndarray: # (len(nodes), N) how often each node occurs
+
+def _at(*nodes: np.ndarray, n_nodes: int) -> np.ndarray:  # (len(nodes), N) how often each node occurs
     return np.stack([np.bincount(o, minlength=n_nodes) for o in nodes])
 
 # %% ../nbs/10_metrics.ipynb #71a4e96b
 def node_counts(
-    answers:np.ndarray, # (B,) node ids
-    targets:np.ndarray, # (B,) true node ids
-    tax:Taxonomy, # tree
-)->np.ndarray: # (3, N) images whose truth, whose answer, whose both lie at or below each node
+    answers: np.ndarray,  # (B,) node ids
+    targets: np.ndarray,  # (B,) true node ids
+    tax: Taxonomy,  # tree
+) -> np.ndarray:  # (3, N) images whose truth, whose answer, whose both lie at or below each node
     "What per-rank and per-branch measures are made of"
     a, t = _answered(answers, targets, tax)
     return _below(_at(t, a, tax.lca(a, t), n_nodes=len(tax)), tax)
 
 # %% ../nbs/10_metrics.ipynb #98cf8530
-def _by_rank(counts:np.ndarray, tax:Taxonomy, ranks:Sequence[str|None]|None)->pd.DataFrame:
+def _by_rank(counts: np.ndarray, tax: Taxonomy, ranks: Sequence[str | None] | None) -> pd.DataFrame:
     "`rank_accuracy` from the counts of `node_counts`"
-    if ranks is not None and len(ranks) != len(tax): raise HiermetricError(f"There are {len(ranks)} ranks for {len(tax)} nodes; give one a node, None where it has none.")
-    t = pd.DataFrame({'rank': tax.depths if ranks is None else pd.Series(ranks, dtype=object).replace('', None), 'depth': tax.depths, 'last': tax.last, 'true': counts[0], 'both': counts[2]})[1:].dropna()
+    if ranks is not None and len(ranks) != len(tax):
+        raise HiermetricError(
+            f"There are {len(ranks)} ranks for {len(tax)} nodes; give one a node, None where it has none."
+        )
+    t = pd.DataFrame(
+        {
+            'rank': tax.depths if ranks is None else pd.Series(ranks, dtype=object).replace('', None),
+            'depth': tax.depths,
+            'last': tax.last,
+            'true': counts[0],
+            'both': counts[2],
+        }
+    )[1:].dropna()
     for name, g in t.groupby('rank'):
-        if (nested := g.index[1:][g.index[1:] <= g['last'].cummax()[:-1]]).size: raise HiermetricError(f"{tax.names[nested[0]]!r} and a node above it are both of the rank {name!r}; a path may hold a rank once.")
-    groups = t.assign(macro=(t.both/t.true.where(t.true > 0))).groupby('rank').agg(nodes=('true', 'size'), n=('true', 'sum'), both=('both', 'sum'), macro=('macro', 'mean'), depth=('depth', 'mean'))
-    groups.insert(2, 'accuracy', groups.both/groups.n.where(groups.n > 0))
-    return groups.sort_values('depth', kind='stable')[['nodes', 'n', 'accuracy', 'macro']].rename_axis('depth' if ranks is None else 'rank')
+        if (nested := g.index[1:][g.index[1:] <= g['last'].cummax()[:-1]]).size:
+            raise HiermetricError(
+                f"{tax.names[nested[0]]!r} and a node above it are both of the rank {name!r}; a path may hold a "
+                "rank once."
+            )
+    groups = (
+        t.assign(macro=(t.both / t.true.where(t.true > 0)))
+        .groupby('rank')
+        .agg(
+            nodes=('true', 'size'),
+            n=('true', 'sum'),
+            both=('both', 'sum'),
+            macro=('macro', 'mean'),
+            depth=('depth', 'mean'),
+        )
+    )
+    groups.insert(2, 'accuracy', groups.both / groups.n.where(groups.n > 0))
+    return groups.sort_values('depth', kind='stable')[['nodes', 'n', 'accuracy', 'macro']].rename_axis(
+        'depth' if ranks is None else 'rank'
+    )
 
 # %% ../nbs/10_metrics.ipynb #0d22a9a0
 def rank_accuracy(
-    answers:np.ndarray, # (B,) node ids
-    targets:np.ndarray, # (B,) true node ids
-    tax:Taxonomy, # tree
-    ranks:Sequence[str|None]|None=None, # (N,) the rank of every node, None for a node without one; default: its depth
-)->pd.DataFrame: # a row a rank, from the top: its nodes, the images asked, their accuracy, its mean over the nodes that occur (`macro`)
+    answers: np.ndarray,  # (B,) node ids
+    targets: np.ndarray,  # (B,) true node ids
+    tax: Taxonomy,  # tree
+    # (N,) the rank of every node, None for a node without one; default: its depth
+    ranks: Sequence[str | None] | None = None,
+    # a row a rank, from the top: its nodes, the images asked, their accuracy, its mean over the nodes that occur
+    # (`macro`)
+) -> pd.DataFrame:
     "How often the answer agrees with the truth at every rank; the root is left out"
     return _by_rank(node_counts(answers, targets, tax), tax, ranks)
 
 # %% ../nbs/10_metrics.ipynb #8c8b354f
 def leaf_distribution(
-    node_probs:Tensor|np.ndarray, # (B, N)
-    tax:Taxonomy, # tree over the N nodes
-)->Tensor: # (B, L) rows sum to 1; uniform where no leaf has any probability
+    node_probs: Tensor | np.ndarray,  # (B, N)
+    tax: Taxonomy,  # tree over the N nodes
+) -> Tensor:  # (B, L) rows sum to 1; uniform where no leaf has any probability
     "The leaf columns, normalised"
-    p = torch.as_tensor(node_probs); p = p.to(torch.promote_types(p.dtype, torch.float32))
+    p = torch.as_tensor(node_probs)
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
     p = p.index_select(1, tax.tensor('leaves', p.device)).clamp(min=0)
     total = p.sum(1, keepdim=True)
-    q = p/total.clamp(min=torch.finfo(p.dtype).tiny)
-    return q if bool((total > 0).all()) else torch.where(total > 0, q, 1/tax.n_leaves)
+    q = p / total.clamp(min=torch.finfo(p.dtype).tiny)
+    return q if bool((total > 0).all()) else torch.where(total > 0, q, 1 / tax.n_leaves)
 
 # %% ../nbs/10_metrics.ipynb #bfc34d6a
 def truth_probability(
-    leaf_probs:Tensor|np.ndarray, # (B, L) rows sum to 1
-    targets:np.ndarray, # (B,) true node ids
-    tax:Taxonomy, # tree
-)->Tensor: # (B,)
+    leaf_probs: Tensor | np.ndarray,  # (B, L) rows sum to 1
+    targets: np.ndarray,  # (B,) true node ids
+    tax: Taxonomy,  # tree
+) -> Tensor:  # (B,)
     "Probability of the truth: of the leaf, or of all leaves under an internal node"
-    leaf_probs = torch.as_tensor(leaf_probs); t = check_targets(targets, tax, len(leaf_probs)); _check_scores(leaf_probs, len(t), tax)
+    leaf_probs = torch.as_tensor(leaf_probs)
+    t = check_targets(targets, tax, len(leaf_probs))
+    _check_scores(leaf_probs, len(t), tax)
     start, stop = (torch.as_tensor(o[t], device=leaf_probs.device).long() for o in (tax.leaf_start, tax.leaf_stop))
-    q = leaf_probs.gather(1, start[:,None])[:,0]
+    q = leaf_probs.gather(1, start[:, None])[:, 0]
     if (inner := stop > start + 1).any():
         cols = torch.arange(tax.n_leaves, device=q.device)
-        under = (cols >= start[inner,None]) & (cols < stop[inner,None])
-        q[inner] = (leaf_probs[inner]*under).sum(1)
+        under = (cols >= start[inner, None]) & (cols < stop[inner, None])
+        q[inner] = (leaf_probs[inner] * under).sum(1)
     return q
 
 # %% ../nbs/10_metrics.ipynb #76b6cd22
-def negative_log_likelihood(leaf_probs:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) nats
+def negative_log_likelihood(leaf_probs: Tensor | np.ndarray, targets: np.ndarray, tax: Taxonomy) -> Tensor:  # (B,) nats
     "−ln of the truth's probability, for each image"
     return -truth_probability(leaf_probs, targets, tax).clamp(torch.finfo(torch.float32).tiny, 1).log()
 
-def brier_score(leaf_probs:Tensor|np.ndarray, targets:np.ndarray, tax:Taxonomy)->Tensor: # (B,) in [0, 2]; NaN where the truth is internal
+
+def brier_score(
+    leaf_probs: Tensor | np.ndarray, targets: np.ndarray, tax: Taxonomy
+) -> Tensor:  # (B,) in [0, 2]; NaN where the truth is internal
     "Squared distance between the leaf distribution and the truth, for each image"
     leaf_probs = torch.as_tensor(leaf_probs)
-    b = leaf_probs.square().sum(1) - 2*truth_probability(leaf_probs, targets, tax) + 1
-    return torch.where(torch.as_tensor(tax.leaf_column[check_targets(targets, tax)] >= 0, device=b.device), b, torch.nan)
+    b = leaf_probs.square().sum(1) - 2 * truth_probability(leaf_probs, targets, tax) + 1
+    return torch.where(
+        torch.as_tensor(tax.leaf_column[check_targets(targets, tax)] >= 0, device=b.device), b, torch.nan
+    )
 
 # %% ../nbs/10_metrics.ipynb #35b058ec
 def calibration_bins(
-    confidence:np.ndarray, # (B,) in [0, 1]
-    hits:np.ndarray, # (B,) 0 or 1
-    bins:int=15, # of equal width
-)->np.ndarray: # (3, bins) a bin's images, their summed confidence, their hits
+    confidence: np.ndarray,  # (B,) in [0, 1]
+    hits: np.ndarray,  # (B,) 0 or 1
+    bins: int = 15,  # of equal width
+) -> np.ndarray:  # (3, bins) a bin's images, their summed confidence, their hits
     "What a reliability diagram and the ECE are made of"
     c, hit, n = np.asarray(confidence), np.asarray(hits, float), _whole_number('The number of bins', bins)
-    if c.ndim != 1 or c.shape != hit.shape: raise HiermetricError(f"Give one confidence and one hit an image, not shapes {c.shape} and {hit.shape}.")
+    if c.ndim != 1 or c.shape != hit.shape:
+        raise HiermetricError(f"Give one confidence and one hit an image, not shapes {c.shape} and {hit.shape}.")
     for what, x in (('confidence', c), ('hit', hit)):
-        if (bad := ~((x >= 0) & (x <= 1 + 1e-6))).any(): raise HiermetricError(f"The {what} of image {int(bad.argmax())} is {x[bad][0]:g}; it must lie in [0, 1]. Leave out the images that cannot be judged.")
-    b = np.searchsorted((np.arange(1, n)/n).astype(c.dtype if c.dtype.kind == 'f' else float), c)   # compared with the upper edges: c·n would round 0.07·100 up into the next bin
+        if (bad := ~((x >= 0) & (x <= 1 + 1e-6))).any():
+            raise HiermetricError(
+                f"The {what} of image {int(bad.argmax())} is {x[bad][0]:g}; it must lie in [0, 1]. Leave out the "
+                "images that cannot be judged."
+            )
+    b = np.searchsorted(
+        (np.arange(1, n) / n).astype(c.dtype if c.dtype.kind == 'f' else float), c
+    )  # compared with the upper edges: c·n would round 0.07·100 up into the next bin
     return np.stack([np.bincount(b, w, minlength=n) for w in (np.ones(len(b)), c, hit)])
 
-def expected_calibration_error(confidence:np.ndarray, hits:np.ndarray, bins:int=15)->float:
+
+def expected_calibration_error(confidence: np.ndarray, hits: np.ndarray, bins: int = 15) -> float:
     "ECE over bins of equal width, right-closed"
     n, conf, hit = calibration_bins(confidence, hits, bins)
-    if not n.sum(): raise HiermetricError("There are no images to judge.")
-    return float(np.abs(conf - hit).sum()/n.sum())
+    if not n.sum():
+        raise HiermetricError("There are no images to judge.")
+    return float(np.abs(conf - hit).sum() / n.sum())
 
 # %% ../nbs/10_metrics.ipynb #d2ee23b4
 def violation_rate(
-    node_probs:Tensor|np.ndarray, # (B, N) in [0, 1], not necessarily coherent
-    tax:Taxonomy, # tree over the N nodes
-    threshold:float|None=None, # count an edge where child > threshold ≥ parent; None: where child > parent
-    tol:float=1e-3, # slack for rounding, without a threshold
-)->tuple[float,float]: # share of images with a violation, share of edges violated
+    node_probs: Tensor | np.ndarray,  # (B, N) in [0, 1], not necessarily coherent
+    tax: Taxonomy,  # tree over the N nodes
+    threshold: float | None = None,  # count an edge where child > threshold ≥ parent; None: where child > parent
+    tol: float = 1e-3,  # slack for rounding, without a threshold
+) -> tuple[float, float]:  # share of images with a violation, share of edges violated
     "How often a child is above its parent"
     p = check_node_probs(node_probs, tax, tol, coherent=False)
-    if len(tax) == 1: return 0., 0.
-    images = edges = 0; up = tax.tensor('parents', p.device)[1:]
+    if len(tax) == 1:
+        return 0.0, 0.0
+    images = edges = 0
+    up = tax.tensor('parents', p.device)[1:]
     for rows in _rows(*p.shape):
-        child, parent = p[rows,1:], p[rows].index_select(1, up)
+        child, parent = p[rows, 1:], p[rows].index_select(1, up)
         bad = child > parent + tol if threshold is None else (child > threshold) & (parent <= threshold)
-        images += int(bad.any(1).sum()); edges += int(bad.sum())
-    return images/len(p), edges/p[:,1:].numel()
+        images += int(bad.any(1).sum())
+        edges += int(bad.sum())
+    return images / len(p), edges / p[:, 1:].numel()
 
 # %% ../nbs/10_metrics.ipynb #457fce6f
-def _judge(p:Tensor, t:np.ndarray, tax:Taxonomy, nodes:np.ndarray|None, ranking:Tensor|np.ndarray|None, cost:str)->dict[str,np.ndarray]:
+def _judge(
+    p: Tensor, t: np.ndarray, tax: Taxonomy, nodes: np.ndarray | None, ranking: Tensor | np.ndarray | None, cost: str
+) -> dict[str, np.ndarray]:
     "Columns of `per_sample` for a few rows"
     q = leaf_distribution(p, tax)
-    cols = rank_leaves(q if ranking is None else ranking, 20); ranked = tax.leaves[cols]
-    best = cols[:,0] if ranking is None else q.argmax(1).cpu().numpy()
-    a = ranked[:,0].astype(np.int64) if nodes is None else nodes
-    d, at1 = mistake_cost(ranked, t[:,None], tax, cost), mistake_cost(a, t, tax, cost)
+    cols = rank_leaves(q if ranking is None else ranking, 20)
+    ranked = tax.leaves[cols]
+    best = cols[:, 0] if ranking is None else q.argmax(1).cpu().numpy()
+    a = ranked[:, 0].astype(np.int64) if nodes is None else nodes
+    d, at1 = mistake_cost(ranked, t[:, None], tax, cost), mistake_cost(a, t, tax, cost)
     both, said, true = _overlap(a, t, tax)
     correct, precision, recall = _information(a, t, tax)
     leaf = tax.leaf_column[t]
     only = lambda x: np.where(leaf >= 0, x, np.nan)
-    return {'target': t, 'node': a, 'lca': tax.lca(a, t), 'top1': at1 == 0, 'exact': a == t, 'top5': (d[:,:5] == 0).any(1), 'hd@1': at1, 'hd@5': d[:,:5].mean(1), 'hd@20': d.mean(1),
-            'both': both, 'said': said, 'true': true, 'macro_hp': _ratio(both, said), 'macro_hr': _ratio(both, true), 'macro_hf1': _ratio(2*both, said + true),
-            'correct': correct, 'info_precision': precision, 'info_recall': recall,
-            'nll': negative_log_likelihood(q, t, tax).cpu().numpy(), 'brier': brier_score(q, t, tax).cpu().numpy(), 'confidence': only(q.amax(1).cpu().numpy()), 'hit': only(best == leaf)}
+    return {
+        'target': t,
+        'node': a,
+        'lca': tax.lca(a, t),
+        'top1': at1 == 0,
+        'exact': a == t,
+        'top5': (d[:, :5] == 0).any(1),
+        'hd@1': at1,
+        'hd@5': d[:, :5].mean(1),
+        'hd@20': d.mean(1),
+        'both': both,
+        'said': said,
+        'true': true,
+        'macro_hp': _ratio(both, said),
+        'macro_hr': _ratio(both, true),
+        'macro_hf1': _ratio(2 * both, said + true),
+        'correct': correct,
+        'info_precision': precision,
+        'info_recall': recall,
+        'nll': negative_log_likelihood(q, t, tax).cpu().numpy(),
+        'brier': brier_score(q, t, tax).cpu().numpy(),
+        'confidence': only(q.amax(1).cpu().numpy()),
+        'hit': only(best == leaf),
+    }
 
 # %% ../nbs/10_metrics.ipynb #2bba8945
 def per_sample(
-    node_probs:Tensor|np.ndarray, # (B, N) coherent
-    targets:Tensor|np.ndarray, # (B,) true node ids, leaf or internal
-    tax:Taxonomy, # tree over the N nodes
-    nodes:Tensor|np.ndarray|None=None, # (B,) answers of a rule; default: the leaf ranked first
-    ranking:Tensor|np.ndarray|None=None, # (B, L) scores of a rule for the leaves; default: their probabilities
-    cost:str='lca_height', # of a mistake, see `mistake_cost`; changes the columns hd@k and their floors
-)->pd.DataFrame: # B rows; columns as in the table above
+    node_probs: Tensor | np.ndarray,  # (B, N) coherent
+    targets: Tensor | np.ndarray,  # (B,) true node ids, leaf or internal
+    tax: Taxonomy,  # tree over the N nodes
+    nodes: Tensor | np.ndarray | None = None,  # (B,) answers of a rule; default: the leaf ranked first
+    ranking: Tensor | np.ndarray | None = None,  # (B, L) scores of a rule for the leaves; default: their probabilities
+    cost: str = 'lca_height',  # of a mistake, see `mistake_cost`; changes the columns hd@k and their floors
+) -> pd.DataFrame:  # B rows; columns as in the table above
     "What every metric is made of, image by image"
-    p = check_node_probs(node_probs, tax); t = check_targets(targets, tax, len(p))
-    if nodes is not None: nodes = check_targets(nodes, tax, len(p), 'answer')
-    if ranking is not None: _check_scores(ranking, len(p), tax)
+    p = check_node_probs(node_probs, tax)
+    t = check_targets(targets, tax, len(p))
+    if nodes is not None:
+        nodes = check_targets(nodes, tax, len(p), 'answer')
+    if ranking is not None:
+        _check_scores(ranking, len(p), tax)
     part = lambda x, rows: None if x is None else x[rows]
-    with torch.no_grad(): tables = [_judge(p[o], t[o], tax, part(nodes, o), part(ranking, o), cost) for o in _rows(*p.shape)]
+    with torch.no_grad():
+        tables = [_judge(p[o], t[o], tax, part(nodes, o), part(ranking, o), cost) for o in _rows(*p.shape)]
     table = {c: np.concatenate([o[c] for o in tables]) for c in tables[0]}
     floors = {f'hd@{k}_floor': distance_floor(t, tax, k, cost) for k in (5, 20)}
-    return pd.DataFrame({c: v if c in ('target', 'node', 'lca') else v.astype(float) for c, v in (table | floors).items()})
+    return pd.DataFrame(
+        {c: v if c in ('target', 'node', 'lca') else v.astype(float) for c, v in (table | floors).items()}
+    )
 
 # %% ../nbs/10_metrics.ipynb #93dc4074
-_MEANS = 'top1', 'top5', 'exact', 'hd@1', 'hd@5', 'hd@20', 'hd@5_floor', 'hd@20_floor', 'macro_hp', 'macro_hr', 'macro_hf1', 'correct', 'info_precision', 'info_recall', 'nll'
+_MEANS = (
+    'top1',
+    'top5',
+    'exact',
+    'hd@1',
+    'hd@5',
+    'hd@20',
+    'hd@5_floor',
+    'hd@20_floor',
+    'macro_hp',
+    'macro_hr',
+    'macro_hf1',
+    'correct',
+    'info_precision',
+    'info_recall',
+    'nll',
+)
 _SUMS = *_MEANS, 'both', 'said', 'true', 'brier'
 
-def _totals(table:pd.DataFrame, n_nodes:int)->dict[str,np.ndarray]:
+
+def _totals(table: pd.DataFrame, n_nodes: int) -> dict[str, np.ndarray]:
     "Sums over a table; those of two tables add up to those of both"
     leaf = table[table.hit.notna()]
-    sums = [*table[[*_SUMS]].sum(), (table.top1 == 0).sum(), len(table), len(leaf)]   # `sum` skips NaN
+    sums = [*table[[*_SUMS]].sum(), (table.top1 == 0).sum(), len(table), len(leaf)]  # `sum` skips NaN
     classes = np.stack([np.bincount(table.target, w, minlength=n_nodes) for w in (None, table.top1)])
     nodes = _at(table.target, table.node, table.lca, n_nodes=n_nodes)
-    return {'sums': np.array(sums, float), 'classes': classes.astype(float), 'nodes': nodes.astype(float), 'bins': calibration_bins(leaf.confidence, leaf.hit)}
+    return {
+        'sums': np.array(sums, float),
+        'classes': classes.astype(float),
+        'nodes': nodes.astype(float),
+        'bins': calibration_bins(leaf.confidence, leaf.hit),
+    }
 
-def _values(sums:np.ndarray, classes:np.ndarray, bins:np.ndarray, **_)->dict[str,float]:
+
+def _values(sums: np.ndarray, classes: np.ndarray, bins: np.ndarray, **_) -> dict[str, float]:
     "The metrics from the sums"
     s = dict(zip((*_SUMS, 'wrong', 'n', 'n_leaf'), (float(o) for o in sums), strict=True))
-    over = lambda a, b: a/b if b else math.nan
+    over = lambda a, b: a / b if b else math.nan
     seen = classes[0] > 0
-    v = {k: over(s[k], s['n']) for k in _MEANS} | {'macro_top1': float((classes[1,seen]/classes[0,seen]).mean()) if seen.any() else math.nan}
-    v |= {'severity': over(s['hd@1'], s['wrong']), 'brier': over(s['brier'], s['n_leaf']), 'ece': over(float(np.abs(bins[1] - bins[2]).sum()), s['n_leaf'])}
-    v |= {k: float(_ratio(a, b)) for k, a, b in [('hp', s['both'], s['said']), ('hr', s['both'], s['true']), ('hf1', 2*s['both'], s['said'] + s['true'])]}
+    v = {k: over(s[k], s['n']) for k in _MEANS} | {
+        'macro_top1': float((classes[1, seen] / classes[0, seen]).mean()) if seen.any() else math.nan
+    }
+    v |= {
+        'severity': over(s['hd@1'], s['wrong']),
+        'brier': over(s['brier'], s['n_leaf']),
+        'ece': over(float(np.abs(bins[1] - bins[2]).sum()), s['n_leaf']),
+    }
+    v |= {
+        k: float(_ratio(a, b))
+        for k, a, b in [
+            ('hp', s['both'], s['said']),
+            ('hr', s['both'], s['true']),
+            ('hf1', 2 * s['both'], s['said'] + s['true']),
+        ]
+    }
     return {k: v[k] for k in METRICS if k in v} | {'n': s['n'], 'n_leaf': s['n_leaf']}
 
 # %% ../nbs/10_metrics.ipynb #f20b315d
 METRICS = {
-    'top1': 'share of right answers', 'top5': 'share with a right leaf among the first five', 'macro_top1': 'mean share of right answers over classes', 'exact': 'share of answers that are the truth itself',
-    'severity': 'mean distance of the wrong answers', 'hd@1': 'mean distance of the answers', 'hd@5': 'mean distance of the first 5 leaves', 'hd@20': 'mean distance of the first 20 leaves',
-    'hd@5_floor': 'hd@5 of a perfect ranker', 'hd@20_floor': 'hd@20 of a perfect ranker',
-    'hp': 'hierarchical precision, micro', 'hr': 'hierarchical recall, micro', 'hf1': 'hierarchical F1, micro',
-    'macro_hp': 'hierarchical precision, mean over images', 'macro_hr': 'hierarchical recall, mean over images', 'macro_hf1': 'hierarchical F1, mean over images',
-    'correct': 'share of answers that do not contradict the truth', 'info_precision': 'information precision', 'info_recall': 'information recall',
-    'nll': 'negative log-likelihood, nats', 'ece': 'expected calibration error, 15 bins', 'brier': 'Brier score, 0…2', 'n': 'images', 'n_leaf': 'images labelled with a leaf'}
+    'top1': 'share of right answers',
+    'top5': 'share with a right leaf among the first five',
+    'macro_top1': 'mean share of right answers over classes',
+    'exact': 'share of answers that are the truth itself',
+    'severity': 'mean distance of the wrong answers',
+    'hd@1': 'mean distance of the answers',
+    'hd@5': 'mean distance of the first 5 leaves',
+    'hd@20': 'mean distance of the first 20 leaves',
+    'hd@5_floor': 'hd@5 of a perfect ranker',
+    'hd@20_floor': 'hd@20 of a perfect ranker',
+    'hp': 'hierarchical precision, micro',
+    'hr': 'hierarchical recall, micro',
+    'hf1': 'hierarchical F1, micro',
+    'macro_hp': 'hierarchical precision, mean over images',
+    'macro_hr': 'hierarchical recall, mean over images',
+    'macro_hf1': 'hierarchical F1, mean over images',
+    'correct': 'share of answers that do not contradict the truth',
+    'info_precision': 'information precision',
+    'info_recall': 'information recall',
+    'nll': 'negative log-likelihood, nats',
+    'ece': 'expected calibration error, 15 bins',
+    'brier': 'Brier score, 0…2',
+    'n': 'images',
+    'n_leaf': 'images labelled with a leaf',
+}
 
-def summarise(table:pd.DataFrame)->dict[str,float]: # keys as in `METRICS`
+
+def summarise(table: pd.DataFrame) -> dict[str, float]:  # keys as in `METRICS`
     "The metrics of a `per_sample` table, or of rows drawn from one"
     return _values(**_totals(table, int(table[['target', 'node']].to_numpy().max()) + 1))
 
-def evaluate(node_probs:Tensor|np.ndarray, targets:Tensor|np.ndarray, tax:Taxonomy, nodes:Tensor|np.ndarray|None=None, ranking:Tensor|np.ndarray|None=None, cost:str='lca_height')->dict[str,float]: # keys as in `METRICS`
+
+def evaluate(
+    node_probs: Tensor | np.ndarray,
+    targets: Tensor | np.ndarray,
+    tax: Taxonomy,
+    nodes: Tensor | np.ndarray | None = None,
+    ranking: Tensor | np.ndarray | None = None,
+    cost: str = 'lca_height',
+) -> dict[str, float]:  # keys as in `METRICS`
     "Every metric at once; the arguments are those of `per_sample`"
     return summarise(per_sample(node_probs, targets, tax, nodes, ranking, cost))
 
 # %% ../nbs/10_metrics.ipynb #0362339b
 class TreeMetric(Metric):
     "Any metric of `METRICS`, or all of them, as a torchmetrics metric"
-    is_differentiable = False; full_state_update = False
-    def __init__(self,
-        tax:Taxonomy, # tree
-        key:str|None=None, # a key of `METRICS`; None: the dictionary of `evaluate`
-        cost:str='lca_height', # of a mistake, see `mistake_cost`
-        **kwargs, # to `torchmetrics.Metric`
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(
+        self,
+        tax: Taxonomy,  # tree
+        key: str | None = None,  # a key of `METRICS`; None: the dictionary of `evaluate`
+        cost: str = 'lca_height',  # of a mistake, see `mistake_cost`
+        **kwargs,  # to `torchmetrics.Metric`
     ):
         super().__init__(**kwargs)
-        if key is not None and key not in METRICS: raise HiermetricError(f"There is no metric {key!r}; there are {', '.join(METRICS)}.{did_you_mean(key, METRICS)}")
+        if key is not None and key not in METRICS:
+            raise HiermetricError(
+                f"There is no metric {key!r}; there are {', '.join(METRICS)}.{did_you_mean(key, METRICS)}"
+            )
         self.tax, self.key, self.cost = tax, key, choice('cost', cost, COSTS)
-        for name, shape in dict(sums=(len(_SUMS)+3,), classes=(2, len(tax)), nodes=(3, len(tax)), bins=(3, 15)).items():
+        for name, shape in dict(
+            sums=(len(_SUMS) + 3,), classes=(2, len(tax)), nodes=(3, len(tax)), bins=(3, 15)
+        ).items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx='sum')
 
-    def update(self, node_probs:Tensor, targets:Tensor, nodes:Tensor|None=None, ranking:Tensor|None=None)->None:
+    def update(
+        self, node_probs: Tensor, targets: Tensor, nodes: Tensor | None = None, ranking: Tensor | None = None
+    ) -> None:
         "Add a batch; the arguments are those of `per_sample`"
-        for name, x in _totals(per_sample(node_probs, targets, self.tax, nodes, ranking, self.cost), len(self.tax)).items():
+        for name, x in _totals(
+            per_sample(node_probs, targets, self.tax, nodes, ranking, self.cost), len(self.tax)
+        ).items():
             setattr(self, name, getattr(self, name) + torch.as_tensor(x, device=self.sums.device))
 
-    def compute(self)->Tensor|dict[str,float]:
+    def compute(self) -> Tensor | dict[str, float]:
         "Value over all batches since `reset`"
         v = _values(*(o.cpu().numpy() for o in (self.sums, self.classes, self.bins)))
         return v if self.key is None else torch.tensor(v[self.key], device=self.sums.device)
 
-    def by_rank(self, ranks:Sequence[str|None]|None=None)->pd.DataFrame:
+    def by_rank(self, ranks: Sequence[str | None] | None = None) -> pd.DataFrame:
         "`rank_accuracy` over all batches since `reset`"
         return _by_rank(_below(self.nodes.cpu().numpy(), self.tax), self.tax, ranks)
 
 # %% ../nbs/10_metrics.ipynb #13124989
-def _choices(p:Tensor, tax:Taxonomy, rule:str|Callable)->tuple[Tensor,Tensor]: # (B, K) nodes without the root, the most informative first; (B, K) their probabilities
-    if callable(rule): return rule(p)
+def _choices(
+    p: Tensor, tax: Taxonomy, rule: str | Callable
+) -> tuple[Tensor, Tensor]:  # (B, K) nodes without the root, the most informative first; (B, K) their probabilities
+    if callable(rule):
+        return rule(p)
     if rule == 'information' and len(tax) > 1:
         under = tax.leaf_stop - tax.leaf_start
-        order = np.lexsort((-tax.depths, tax.leaf_start, under)); order = order[order > 0]   # tree order, but an only child before its parent
+        order = np.lexsort((-tax.depths, tax.leaf_start, under))
+        order = order[order > 0]  # tree order, but an only child before its parent
         _, start, size = np.unique(under[order], return_index=True, return_counts=True)
         cols = torch.as_tensor(order, device=p.device)
         best = [o.max(1) for o in p.index_select(1, cols).split(size.tolist(), 1)]
-        return cols[torch.stack([o.indices + s for o, s in zip(best, start.tolist())], 1)], torch.stack([o.values for o in best], 1)
+        return cols[torch.stack([o.indices + s for o, s in zip(best, start.tolist())], 1)], torch.stack(
+            [o.values for o in best], 1
+        )
     leaves, parents = (tax.tensor(o, p.device) for o in ('leaves', 'parents'))
     nodes = [leaves[p.index_select(1, leaves).max(1).indices]]
-    for _ in range(tax.height - 1 if rule == 'climb' else 0): nodes.append(parents[nodes[-1]].clamp(min=0))
+    for _ in range(tax.height - 1 if rule == 'climb' else 0):
+        nodes.append(parents[nodes[-1]].clamp(min=0))
     nodes = torch.stack(nodes, 1)
     return nodes, p.gather(1, nodes).masked_fill(nodes == 0, 0)
 
 # %% ../nbs/10_metrics.ipynb #633d3deb
 _POINT = 'correct', 'exact', 'precision', 'recall', 'coverage', 'height'
 
-def _point(a:np.ndarray, t:np.ndarray, tax:Taxonomy)->np.ndarray: # (len(a), 6) what one answer adds to each of `_POINT`
-    correct, precision, recall = _information(a, t, tax)
-    return np.stack([correct, a == t, precision, recall, _ratio(tax.information[a], np.log2(tax.n_leaves)), np.where(correct, 0, tax.heights[tax.lca(a, t)])], 1)
 
-def _changes(p:Tensor, t:np.ndarray, tax:Taxonomy, rule:str|Callable)->tuple[np.ndarray,...]: # probability below which an image's answer changes, (…, 6) by how much; (6,) the sum at the root
+def _point(
+    a: np.ndarray, t: np.ndarray, tax: Taxonomy
+) -> np.ndarray:  # (len(a), 6) what one answer adds to each of `_POINT`
+    correct, precision, recall = _information(a, t, tax)
+    return np.stack(
+        [
+            correct,
+            a == t,
+            precision,
+            recall,
+            _ratio(tax.information[a], np.log2(tax.n_leaves)),
+            np.where(correct, 0, tax.heights[tax.lca(a, t)]),
+        ],
+        1,
+    )
+
+
+def _changes(
+    p: Tensor, t: np.ndarray, tax: Taxonomy, rule: str | Callable
+) -> tuple[
+    np.ndarray, ...
+]:  # probability below which an image's answer changes, (…, 6) by how much; (6,) the sum at the root
     nodes, probs = _choices(p, tax, rule)
     reached = probs > 0
-    reached[:,1:] &= probs[:,1:] > probs.cummax(1).values[:,:-1]
-    image, k = reached.flip(1).nonzero(as_tuple=True)   # image by image, from the vague to the precise
-    node, prob = (o.flip(1)[image,k].cpu().numpy() for o in (nodes, probs.double()))
+    reached[:, 1:] &= probs[:, 1:] > probs.cummax(1).values[:, :-1]
+    image, k = reached.flip(1).nonzero(as_tuple=True)  # image by image, from the vague to the precise
+    node, prob = (o.flip(1)[image, k].cpu().numpy() for o in (nodes, probs.double()))
     image = image.cpu().numpy()
     start, here = _point(np.zeros_like(t), t, tax), _point(node, t[image], tax)
-    before = np.where(np.diff(image, prepend=-1)[:,None] > 0, start[image], np.roll(here, 1, 0))
+    before = np.where(np.diff(image, prepend=-1)[:, None] > 0, start[image], np.roll(here, 1, 0))
     return prob, here - before, start.sum(0)
 
 # %% ../nbs/10_metrics.ipynb #25df6223
 def operating_curve(
-    node_probs:Tensor|np.ndarray, # (B, N) coherent
-    targets:Tensor|np.ndarray, # (B,) true node ids, leaf or internal
-    tax:Taxonomy, # tree over the N nodes
-    rule:str|Callable='information', # what may be answered, see the table above; or a function of node_probs that gives the answers (B, K), the most informative first, and their scores (B, K), above 0 but for the root
-)->pd.DataFrame: # a row a distinct behaviour, `threshold` falling to 0; shares of all images but for `height`
+    node_probs: Tensor | np.ndarray,  # (B, N) coherent
+    targets: Tensor | np.ndarray,  # (B,) true node ids, leaf or internal
+    tax: Taxonomy,  # tree over the N nodes
+    # what may be answered, see the table above; or a function of node_probs that gives the answers (B, K), the most
+    # informative first, and their scores (B, K), above 0 but for the root
+    rule: str | Callable = 'information',
+) -> pd.DataFrame:  # a row a distinct behaviour, `threshold` falling to 0; shares of all images but for `height`
     "All that a rule with a threshold can do: means over the answers with probability above `threshold`"
-    if not callable(rule) and rule not in ('information', 'climb', 'leaf'): raise HiermetricError(f"There is no rule {rule!r}; there are 'information', 'climb' and 'leaf'.")
-    p = check_node_probs(node_probs, tax); t = check_targets(targets, tax, len(p))
-    with torch.no_grad(): prob, change, start = zip(*(_changes(p[o], t[o], tax, rule) for o in _rows(*p.shape)))
+    if not callable(rule) and rule not in ('information', 'climb', 'leaf'):
+        raise HiermetricError(f"There is no rule {rule!r}; there are 'information', 'climb' and 'leaf'.")
+    p = check_node_probs(node_probs, tax)
+    t = check_targets(targets, tax, len(p))
+    with torch.no_grad():
+        prob, change, start = zip(*(_changes(p[o], t[o], tax, rule) for o in _rows(*p.shape)))
     prob, change, start = np.concatenate(prob), np.concatenate(change), np.sum(start, 0)
-    order = np.argsort(-prob, kind='stable'); prob = prob[order]
-    last = np.append(prob[1:] < prob[:-1], True)[:len(prob)]   # images that change together are one row
-    points = np.concatenate([start[None], (start + change[order].cumsum(0))[last]])/len(p)
-    return pd.DataFrame(points, columns=_POINT).assign(wrong=lambda d: 1 - d.correct).assign(threshold=np.append(prob[last], 0.))[['threshold', 'correct', 'wrong', *_POINT[1:]]]
+    order = np.argsort(-prob, kind='stable')
+    prob = prob[order]
+    last = np.append(prob[1:] < prob[:-1], True)[: len(prob)]  # images that change together are one row
+    points = np.concatenate([start[None], (start + change[order].cumsum(0))[last]]) / len(p)
+    return (
+        pd.DataFrame(points, columns=_POINT)
+        .assign(wrong=lambda d: 1 - d.correct)
+        .assign(threshold=np.append(prob[last], 0.0))[['threshold', 'correct', 'wrong', *_POINT[1:]]]
+    )
 
 # %% ../nbs/10_metrics.ipynb #031aa954
 def average_correctness(
-    curve:pd.DataFrame, # of `operating_curve`
-    y:str='correct', # 'correct' or 'precision'
-    x:str='recall', # 'recall' or 'exact'
-)->float: # 1 is perfect
+    curve: pd.DataFrame,  # of `operating_curve`
+    y: str = 'correct',  # 'correct' or 'precision'
+    x: str = 'recall',  # 'recall' or 'exact'
+) -> float:  # 1 is perfect
     "Area below `y` over `x`, each point counting for all smaller `x`"
     order = np.argsort(-curve[x].to_numpy(), kind='stable')
     reached, best = curve[x].to_numpy()[order], np.maximum.accumulate(curve[y].to_numpy()[order])
-    return float(-np.diff(reached, append=0.)@best)
+    return float(-np.diff(reached, append=0.0) @ best)
+
 
 def recall_at(
-    curve:pd.DataFrame, # of `operating_curve`
-    correct:float=.95, # share of answers that must be correct
-    x:str='recall', # what is read there
-)->float: # 0 where only the root is correct often enough
+    curve: pd.DataFrame,  # of `operating_curve`
+    correct: float = 0.95,  # share of answers that must be correct
+    x: str = 'recall',  # what is read there
+) -> float:  # 0 where only the root is correct often enough
     "Highest recall of a threshold that keeps to `correct`"
     return float(curve.loc[curve.correct >= correct, x].max())
 
+
 def haurc(
-    curve:pd.DataFrame, # of `operating_curve`
-    risk:str='wrong', # 'wrong': share of wrong answers; 'height': the same weighted by levels
-)->float: # 0 is perfect
+    curve: pd.DataFrame,  # of `operating_curve`
+    risk: str = 'wrong',  # 'wrong': share of wrong answers; 'height': the same weighted by levels
+) -> float:  # 0 is perfect
     "Area below risk over coverage, by trapezoids"
-    return float(np.diff(curve.coverage)@(curve[risk].to_numpy()[1:] + curve[risk].to_numpy()[:-1])/2)
+    return float(np.diff(curve.coverage) @ (curve[risk].to_numpy()[1:] + curve[risk].to_numpy()[:-1]) / 2)
 
 # %% ../nbs/10_metrics.ipynb #ebbb1339
 def plot_operating_curve(
-    curves:dict[str,pd.DataFrame], # label → curve of `operating_curve`
-    x:str='recall', # 'coverage' for a risk–coverage curve
-    y:str='correct', # 'wrong' or 'height' for a risk–coverage curve
-    ax:Axes|None=None, # drawn here; default a new figure
-)->Axes:
+    curves: dict[str, pd.DataFrame],  # label → curve of `operating_curve`
+    x: str = 'recall',  # 'coverage' for a risk–coverage curve
+    y: str = 'correct',  # 'wrong' or 'height' for a risk–coverage curve
+    ax: Axes | None = None,  # drawn here; default a new figure
+) -> Axes:
     "One line a model; the dot is the threshold ½, above which all answers of an image lie on one path"
     import matplotlib.pyplot as plt, seaborn as sns
-    if ax is None: ax = plt.subplots(figsize=(4.5, 3.8), layout='constrained')[1]
+
+    if ax is None:
+        ax = plt.subplots(figsize=(4.5, 3.8), layout='constrained')[1]
     for color, (name, c) in zip(sns.color_palette(n_colors=len(curves)), curves.items(), strict=True):
-        few = c.iloc[np.unique(np.linspace(0, len(c)-1, 1000).astype(int))]
+        few = c.iloc[np.unique(np.linspace(0, len(c) - 1, 1000).astype(int))]
         ax.plot(few[x], few[y], color=color, label=name)
-        half = c[c.threshold <= .5].head(1); ax.plot(half[x], half[y], 'o', color=color, ms=5)
-    word = {'recall': 'information recall', 'precision': 'information precision', 'coverage': 'coverage', 'correct': 'share of correct answers', 'wrong': 'risk: share of wrong answers', 'height': 'risk: levels', 'exact': 'share of exact answers'}
-    ax.set(xlabel=word[x], ylabel=word[y]); ax.legend(frameon=False); sns.despine(ax=ax)
+        half = c[c.threshold <= 0.5].head(1)
+        ax.plot(half[x], half[y], 'o', color=color, ms=5)
+    word = {
+        'recall': 'information recall',
+        'precision': 'information precision',
+        'coverage': 'coverage',
+        'correct': 'share of correct answers',
+        'wrong': 'risk: share of wrong answers',
+        'height': 'risk: levels',
+        'exact': 'share of exact answers',
+    }
+    ax.set(xlabel=word[x], ylabel=word[y])
+    ax.legend(frameon=False)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../nbs/10_metrics.ipynb #ca1e6423
 def risk_coverage(
-    confidence:np.ndarray, # (B,) any score; higher is surer
-    losses:np.ndarray, # (B,) what each answer costs: 0 or 1, or levels
-)->pd.DataFrame: # B rows: coverage (share of images answered), risk (their mean loss)
+    confidence: np.ndarray,  # (B,) any score; higher is surer
+    losses: np.ndarray,  # (B,) what each answer costs: 0 or 1, or levels
+) -> pd.DataFrame:  # B rows: coverage (share of images answered), risk (their mean loss)
     "Selective risk when only the surest images are answered"
     c, l = (np.asarray(o, float) for o in (confidence, losses))
-    if c.ndim != 1 or c.shape != l.shape or not len(c): raise HiermetricError(f"Give one confidence and one loss an image, not shapes {c.shape} and {l.shape}.")
-    if np.isnan(c).any() or np.isnan(l).any(): raise HiermetricError(f"The confidence or loss of image {int((np.isnan(c) | np.isnan(l)).argmax())} is NaN; leave out the images that cannot be judged.")
+    if c.ndim != 1 or c.shape != l.shape or not len(c):
+        raise HiermetricError(f"Give one confidence and one loss an image, not shapes {c.shape} and {l.shape}.")
+    if np.isnan(c).any() or np.isnan(l).any():
+        raise HiermetricError(
+            f"The confidence or loss of image {int((np.isnan(c) | np.isnan(l)).argmax())} is NaN; leave out the "
+            "images that cannot be judged."
+        )
     _, group = np.unique(-c, return_inverse=True)
-    even = (np.bincount(group, l)/np.bincount(group))[np.sort(group)]
+    even = (np.bincount(group, l) / np.bincount(group))[np.sort(group)]
     n = np.arange(1, len(c) + 1)
-    return pd.DataFrame({'coverage': n/len(c), 'risk': even.cumsum()/n})
+    return pd.DataFrame({'coverage': n / len(c), 'risk': even.cumsum() / n})
 
-def aurc(confidence:np.ndarray, losses:np.ndarray)->float:
+
+def aurc(confidence: np.ndarray, losses: np.ndarray) -> float:
     "Mean selective risk over all coverages"
     return float(risk_coverage(confidence, losses).risk.mean())

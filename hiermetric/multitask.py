@@ -21,7 +21,21 @@ from .metrics import check_node_probs, check_targets
 from .decisions import Rule, _deepest, _path
 from .paths import root_path
 from .unseen import known_ancestor
-from .pairs import BoostedDeviance, ClassMeans, Decorrelation, MultiLabelSemiHard, NeighbourNCA, PairLoss, check_labels, create_loss, create_miner, draw, in_own_type, mean_above_zero, relation
+from hiermetric.pairs import (
+    BoostedDeviance,
+    ClassMeans,
+    Decorrelation,
+    MultiLabelSemiHard,
+    NeighbourNCA,
+    PairLoss,
+    check_labels,
+    create_loss,
+    create_miner,
+    draw,
+    in_own_type,
+    mean_above_zero,
+    relation,
+)
 from .retrieval import kmeans, neighbours
 
 # %% auto #0
@@ -33,17 +47,21 @@ __all__ = ['MultiTask', 'label_rows', 'mined_loss', 'instance_loss', 'intra_trip
 # %% ../nbs/13_multitask.ipynb #ac031252
 class MultiTask(ClassMeans):
     "Several small embeddings of the same features, @eq-parts; a subclass defines `tasks(parts, targets, x)`"
+
     embedding = 'none'
-    def __init__(self,
-        in_features:int, # F
-        taxonomy:Taxonomy, # L leaves, N nodes
-        sizes:Sequence[int], # (K,) dimensions of the parts
-        weights:Sequence[float]|None=None, # (K,) w, scaled to sum 1; None: all alike
-        block:str='linear', # kind of `EmbeddingNet`: 'linear', or 'mlp' with a hidden layer that the parts share
-        dropout:float=0.5, # behind the projections
-        paths:bool=False, # an image's labels are all nodes of its path but the root, as a multi-hot row
-        sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # (N, C) 0 or 1, the labels of every node, as `with_label_sets` gives them; None: a node is a label
-        momentum:float=0.9, # of the running class means
+
+    def __init__(
+        self,
+        in_features: int,  # F
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        sizes: Sequence[int],  # (K,) dimensions of the parts
+        weights: Sequence[float] | None = None,  # (K,) w, scaled to sum 1; None: all alike
+        block: str = 'linear',  # kind of `EmbeddingNet`: 'linear', or 'mlp' with a hidden layer that the parts share
+        dropout: float = 0.5,  # behind the projections
+        paths: bool = False,  # an image's labels are all nodes of its path but the root, as a multi-hot row
+        # (N, C) 0 or 1, the labels of every node, as `with_label_sets` gives them; None: a node is a label
+        sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame | None = None,
+        momentum: float = 0.9,  # of the running class means
     ):
         self.check_parts(sizes, weights)
         super().__init__(in_features, taxonomy, sum(sizes), 'cosine', momentum)
@@ -51,534 +69,831 @@ class MultiTask(ClassMeans):
         self.project = EmbeddingNet(in_features, sum(sizes), kind=block, dropout=dropout)
         self.give_labels(sets)
         w = torch.ones(len(sizes)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-        self.register_buffer('shares', w/w.sum(), persistent=False)
+        self.register_buffer('shares', w / w.sum(), persistent=False)
 
     @staticmethod
-    def check_parts(sizes:Sequence[int], weights:Sequence[float]|None)->None:
-        if not sizes or min(sizes) < 1: raise HiermetricError(f"There must be at least one part, and each needs a dimension; got sizes {list(sizes)}.")
-        if weights is not None and (len(weights) != len(sizes) or min(weights) < 0 or not sum(weights) > 0): raise HiermetricError(f"There are {len(sizes)} parts and {len(weights)} weights, none of which may be below 0, nor all 0: {list(weights)}.")
+    def check_parts(sizes: Sequence[int], weights: Sequence[float] | None) -> None:
+        if not sizes or min(sizes) < 1:
+            raise HiermetricError(
+                f"There must be at least one part, and each needs a dimension; got sizes {list(sizes)}."
+            )
+        if weights is not None and (len(weights) != len(sizes) or min(weights) < 0 or not sum(weights) > 0):
+            raise HiermetricError(
+                f"There are {len(sizes)} parts and {len(weights)} weights, none of which may be below 0, nor all "
+                f"0: {list(weights)}."
+            )
 
-    def tasks(self, parts:list[Tensor], targets:Tensor, x:Tensor)->Tensor: raise NotImplementedError   # scalar
+    def tasks(self, parts: list[Tensor], targets: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError  # scalar
 
 # %% ../nbs/13_multitask.ipynb #0badc620
 def label_rows(
-    sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame, # (N, C) 0 or 1
-    taxonomy:Taxonomy, # N nodes
-)->Tensor: # (N, C) float32
+    sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame,  # (N, C) 0 or 1
+    taxonomy: Taxonomy,  # N nodes
+) -> Tensor:  # (N, C) float32
     "The labels of every node, looked over"
-    try: y = torch.tensor(np.asarray(sets, dtype=np.float32))
-    except (TypeError, ValueError) as e: raise HiermetricError(f"`sets` is no table of numbers ({e}); `with_label_sets` makes one.") from e
-    if y.ndim != 2 or len(y) != len(taxonomy) or not y.shape[1] or not ((y == 0) | (y == 1)).all(): raise HiermetricError(f"`sets` needs a row of 0 and 1 for each of the {len(taxonomy)} nodes, a column a label and at least one label; got the shape {tuple(y.shape)}{' with other numbers' if y.ndim == 2 and len(y) == len(taxonomy) and y.shape[1] else ''}. `with_label_sets` makes it.")
+    try:
+        y = torch.tensor(np.asarray(sets, dtype=np.float32))
+    except (TypeError, ValueError) as e:
+        raise HiermetricError(f"`sets` is no table of numbers ({e}); `with_label_sets` makes one.") from e
+    if y.ndim != 2 or len(y) != len(taxonomy) or not y.shape[1] or not ((y == 0) | (y == 1)).all():
+        other = ' with other numbers' if y.ndim == 2 and len(y) == len(taxonomy) and y.shape[1] else ''
+        raise HiermetricError(
+            f"`sets` needs a row of 0 and 1 for each of the {len(taxonomy)} nodes, a column a label and at least "
+            f"one label; got the shape {tuple(y.shape)}{other}. `with_label_sets` makes it."
+        )
     return y
 
+
 @patch
-def give_labels(self:MultiTask,
-    sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None, # (N, C)
-)->None:
+def give_labels(
+    self: MultiTask,
+    sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame | None,  # (N, C)
+) -> None:
     "Remember which labels each node has"
-    if self.paths and sets is not None: raise HiermetricError("An image's labels are the nodes of its path (paths=True) or a row of `sets`; give one of the two.")
+    if self.paths and sets is not None:
+        raise HiermetricError(
+            "An image's labels are the nodes of its path (paths=True) or a row of `sets`; give one of the two."
+        )
     rows = None if sets is None else label_rows(sets, self.taxonomy)
-    self.register_buffer('node_labels', None if rows is None else rows[self.taxonomy.tensor('chain_ends')], persistent=False)   # (M, C)
-    self.sets = None if rows is None else rows.int().tolist()   # a setting, so that a saved model knows its labels before its weights
+    self.register_buffer(
+        'node_labels', None if rows is None else rows[self.taxonomy.tensor('chain_ends')], persistent=False
+    )  # (M, C)
+    self.sets = (
+        None if rows is None else rows.int().tolist()
+    )  # a setting, so that a saved model knows its labels before its weights
     self.n_labels = len(self.tree) - 1 if rows is None else rows.shape[1]
 
-@patch
-def fold(self:MultiTask,
-    rows:Tensor, # (B, N−1) multi-hot
-)->Tensor: # (B, M−1) of the same type
-    "Rows over the nodes of the tree without chains: a chain has the label where one of its nodes has it"
-    if self.tree is self.taxonomy: return rows
-    at = self.taxonomy.tensor('to_chainless', rows.device)[1:] - 1
-    return torch.zeros(len(rows), self.n_labels, device=rows.device).index_add(1, at, rows.float()).clamp_max(1).to(rows.dtype)
 
 @patch
-def spell_out(self:MultiTask,
-    targets:Tensor, # (B,) node ids
-)->Tensor: # (B, C) rows of labels, or the node ids where an image has one label
+def fold(
+    self: MultiTask,
+    rows: Tensor,  # (B, N−1) multi-hot
+) -> Tensor:  # (B, M−1) of the same type
+    "Rows over the nodes of the tree without chains: a chain has the label where one of its nodes has it"
+    if self.tree is self.taxonomy:
+        return rows
+    at = self.taxonomy.tensor('to_chainless', rows.device)[1:] - 1
+    return (
+        torch.zeros(len(rows), self.n_labels, device=rows.device)
+        .index_add(1, at, rows.float())
+        .clamp_max(1)
+        .to(rows.dtype)
+    )
+
+
+@patch
+def spell_out(
+    self: MultiTask,
+    targets: Tensor,  # (B,) node ids
+) -> Tensor:  # (B, C) rows of labels, or the node ids where an image has one label
     "Labels as the losses take them"
-    if self.paths: return self.tree.multi_hot(self.on_tree(targets))[:, 1:]
+    if self.paths:
+        return self.tree.multi_hot(self.on_tree(targets))[:, 1:]
     return targets if self.sets is None else self.node_labels[self.on_tree(targets)]
 
 # %% ../nbs/13_multitask.ipynb #c0e84035
 @patch
-def split(self:MultiTask,
-    emb:Tensor, # (B, F)
-)->list[Tensor]: # (B, D_k) each, unit vectors
+def split(
+    self: MultiTask,
+    emb: Tensor,  # (B, F)
+) -> list[Tensor]:  # (B, D_k) each, unit vectors
     "The parts"
     return [unit(o) for o in self.full(self.project(self.full(emb))).split(self.sizes, 1)]
 
-@patch
-def join(self:MultiTask,
-    parts:Sequence[Tensor], # (B, D_k) each, unit vectors
-)->Tensor: # (B, ΣD_k) of length 1
-    "The parts as one vector, @eq-parts"
-    return torch.cat([o*w for o, w in zip(parts, self.shares.sqrt())], 1)
 
 @patch
-def represent(self:MultiTask, emb:Tensor)->Tensor: return self.join(self.split(emb))   # (B, ΣD_k)
+def join(
+    self: MultiTask,
+    parts: Sequence[Tensor],  # (B, D_k) each, unit vectors
+) -> Tensor:  # (B, ΣD_k) of length 1
+    "The parts as one vector, @eq-parts"
+    return torch.cat([o * w for o, w in zip(parts, self.shares.sqrt())], 1)
+
+
+@patch
+def represent(self: MultiTask, emb: Tensor) -> Tensor:
+    return self.join(self.split(emb))  # (B, ΣD_k)
 
 # %% ../nbs/13_multitask.ipynb #1f2d86ef
 @patch
-def loss(self:MultiTask,
-    emb:Tensor, # (B, F)
-    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not; or (B, C) multi-hot rows, C = N−1 without `sets`
-)->Tensor: # scalar; 0 for a batch that teaches nothing
+def loss(
+    self: MultiTask,
+    emb: Tensor,  # (B, F)
+    targets: Tensor | Sequence[int],  # (B,) node ids, leaves or not; or (B, C) multi-hot rows, C = N−1 without `sets`
+) -> Tensor:  # scalar; 0 for a batch that teaches nothing
     "The tasks together; in training the class means follow"
     targets = torch.as_tensor(targets, device=getattr(emb, 'device', None))
-    check_embeddings(emb, self.in_features, emb.device.type == 'cpu'); check_labels(targets, self.taxonomy, len(emb), True)
+    check_embeddings(emb, self.in_features, emb.device.type == 'cpu')
+    check_labels(targets, self.taxonomy, len(emb), True)
     if targets.ndim == 2:
-        if targets.shape[1] != (n := len(self.taxonomy) - 1 if self.sets is None else self.n_labels): raise HiermetricError(f"Multi-hot labels have one column for every {'node but the root' if self.sets is None else 'label of `sets`'}, {n} of them, not {targets.shape[1]}.")
-        if self.sets is None: targets = self.fold(targets)
+        if targets.shape[1] != (n := len(self.taxonomy) - 1 if self.sets is None else self.n_labels):
+            raise HiermetricError(
+                "Multi-hot labels have one column for every "
+                f"{'node but the root' if self.sets is None else 'label of `sets`'}, {n} of them, not "
+                f"{targets.shape[1]}."
+            )
+        if self.sets is None:
+            targets = self.fold(targets)
     with torch.autocast(emb.device.type, enabled=False):
-        x = self.full(emb); parts = self.split(x)
+        x = self.full(emb)
+        parts = self.split(x)
         if targets.ndim == 1:
             targets = targets.long()
-            if self.training: self.follow(self.join(parts).detach(), targets)
+            if self.training:
+                self.follow(self.join(parts).detach(), targets)
             targets = self.spell_out(targets)
         return self.tasks(parts, targets, x) if len(x) else sum(o.sum() for o in parts)
 
+
 @patch
-def prepare(self:MultiTask, emb:Tensor, targets:Tensor)->None:
+def prepare(self: MultiTask, emb: Tensor, targets: Tensor) -> None:
     "The losses see the labels of the training split"
     ClassMeans.prepare(self, emb, self.spell_out(targets))
 
 # %% ../nbs/13_multitask.ipynb #9a0a6982
 def mined_loss(
-    criterion:PairLoss, # of `create_loss`
-    miner:Callable|None, # of `create_miner`; None: all pairs
-    x:Tensor, # (B, D) one part
-    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
-    rows:Tensor|None=None, # (B,) rows of the training split
-)->Tensor: # scalar
+    criterion: PairLoss,  # of `create_loss`
+    miner: Callable | None,  # of `create_miner`; None: all pairs
+    x: Tensor,  # (B, D) one part
+    targets: Tensor,  # (B,) node ids, or (B, C) multi-hot rows
+    rows: Tensor | None = None,  # (B,) rows of the training split
+) -> Tensor:  # scalar
     "A loss of *Pairs and proxies* on what a miner finds"
-    with torch.no_grad(): found = None if miner is None or not len(x) else miner(x, targets)
+    with torch.no_grad():
+        found = None if miner is None or not len(x) else miner(x, targets)
     return criterion(x, targets, found, rows)
 
 # %% ../nbs/13_multitask.ipynb #4afef8fd
 @patch
-def check_pairs(self:MultiTask,
-    criterion:PairLoss, # of `create_loss`
-    miner:Callable|None, # of `create_miner`
-)->None:
+def check_pairs(
+    self: MultiTask,
+    criterion: PairLoss,  # of `create_loss`
+    miner: Callable | None,  # of `create_miner`
+) -> None:
     "Refuse what cannot compare images with many labels, where they have many"
-    if (self.paths or self.sets is not None) and not (criterion.multi_label and (miner is None or isinstance(miner, MultiLabelSemiHard))):
-        raise HiermetricError(f"pair_loss={self.pair_loss!r} with miner={self.miner!r} compares images of one label each; for images with many, take for example pair_loss='tree_supcon' with miner=None, or pair_loss='tree_triplet' with miner='multi_label'.")
+    if (self.paths or self.sets is not None) and not (
+        criterion.multi_label and (miner is None or isinstance(miner, MultiLabelSemiHard))
+    ):
+        raise HiermetricError(
+            f"pair_loss={self.pair_loss!r} with miner={self.miner!r} compares images of one label each; for "
+            "images with many, take for example pair_loss='tree_supcon' with miner=None, or "
+            "pair_loss='tree_triplet' with miner='multi_label'."
+        )
 
 # %% ../nbs/13_multitask.ipynb #fc432c75
 def instance_loss(
-    a:Tensor, # (B, D) unit vectors, one view
-    b:Tensor, # (B, D) unit vectors, another view of the same images
-    rows:Tensor|None=None, # (B,) which image each is, where some come twice; None: all differ
-    temperature:float=0.1, # τ
-)->Tensor: # scalar
+    a: Tensor,  # (B, D) unit vectors, one view
+    b: Tensor,  # (B, D) unit vectors, another view of the same images
+    rows: Tensor | None = None,  # (B,) which image each is, where some come twice; None: all differ
+    temperature: float = 0.1,  # τ
+) -> Tensor:  # scalar
     "Each image against all others, @eq-self; with several views of an image the mean over them"
     same = torch.eye(len(a), device=a.device) if rows is None else (rows[:, None] == rows).to(a.dtype)
-    return -((a@b.T/temperature).log_softmax(1)*same).sum(1).div(same.sum(1)).mean()
+    return -((a @ b.T / temperature).log_softmax(1) * same).sum(1).div(same.sum(1)).mean()
 
 # %% ../nbs/13_multitask.ipynb #16b2cfda
 def intra_triplets(
-    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
-    taxonomy:Taxonomy, # that node ids belong to
-    k:int=4, # an anchor
-)->tuple[Tensor, Tensor, Tensor]: # anchors, positives, negatives
+    targets: Tensor,  # (B,) node ids, or (B, C) multi-hot rows
+    taxonomy: Taxonomy,  # that node ids belong to
+    k: int = 4,  # an anchor
+) -> tuple[Tensor, Tensor, Tensor]:  # anchors, positives, negatives
     "Three images with the same labels, by torch's generator"
     same = relation(targets, targets, taxonomy)[0] if targets.ndim == 1 else (targets[:, None] == targets).all(2)
     a, p = draw(same.fill_diagonal_(False), k)
-    i, n = draw(same[a].scatter(1, p[:, None], False), 1)   # the anchor's class without the positive
+    i, n = draw(same[a].scatter(1, p[:, None], False), 1)  # the anchor's class without the positive
     return a[i], p[i], n
 
+
 def triplet_loss(
-    x:Tensor, # (B, D) unit vectors
-    found:tuple[Tensor, Tensor, Tensor], # anchors, positives, negatives
-    margin:float=0.1,
-)->Tensor: # scalar; the mean of what is above 0
+    x: Tensor,  # (B, D) unit vectors
+    found: tuple[Tensor, Tensor, Tensor],  # anchors, positives, negatives
+    margin: float = 0.1,
+) -> Tensor:  # scalar; the mean of what is above 0
     "The positive nearer than the negative, whatever their labels"
     a, p, n = found
-    return mean_above_zero((x[a]*(x[n] - x[p])).sum(1) + margin)
+    return mean_above_zero((x[a] * (x[n] - x[p])).sum(1) + margin)
 
 # %% ../nbs/13_multitask.ipynb #0be006e6
 class DiVA(MultiTask):
-    "Four embeddings, for classes, across classes, inside classes and of single images, kept apart by adversaries: @eq-diva"
-    def __init__(self,
-        in_features:int, # F
-        taxonomy:Taxonomy, # L leaves, N nodes
-        dim:int=128, # D of each part
-        pair_loss:str='triplet', # ℓ, one of `LOSSES`
-        pair_kw:dict|None=None, # its settings
-        miner:str|None='epshn', # of the first two tasks, one of `MINERS`; None: all pairs
-        miner_kw:dict|None=None, # its settings
-        shared:float=0.3, # α₂
-        intra:float=0.3, # α₃
-        single:float=0.3, # α₄
-        decorrelate:float=1000., # ρ; large, since a correlation is counted by dimension
-        temperature:float=0.1, # τ
-        weights:Sequence[float]|None=None, # (4,) of the parts in the joint vector; None: all alike
-        block:str='linear', # see `MultiTask`
-        dropout:float=0.5, # behind the projections; what makes two views of frozen features differ
-        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
-        momentum:float=0.9, # of the running class means
+    """Four embeddings, for classes, across classes, inside classes and of single images, kept apart by adversaries:
+    @eq-diva"""
+
+    def __init__(
+        self,
+        in_features: int,  # F
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        dim: int = 128,  # D of each part
+        pair_loss: str = 'triplet',  # ℓ, one of `LOSSES`
+        pair_kw: dict | None = None,  # its settings
+        miner: str | None = 'epshn',  # of the first two tasks, one of `MINERS`; None: all pairs
+        miner_kw: dict | None = None,  # its settings
+        shared: float = 0.3,  # α₂
+        intra: float = 0.3,  # α₃
+        single: float = 0.3,  # α₄
+        decorrelate: float = 1000.0,  # ρ; large, since a correlation is counted by dimension
+        temperature: float = 0.1,  # τ
+        weights: Sequence[float] | None = None,  # (4,) of the parts in the joint vector; None: all alike
+        block: str = 'linear',  # see `MultiTask`
+        dropout: float = 0.5,  # behind the projections; what makes two views of frozen features differ
+        paths: bool = False,
+        sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame | None = None,  # labels of an image, see `MultiTask`
+        momentum: float = 0.9,  # of the running class means
     ):
-        super().__init__(in_features, taxonomy, [dim]*4, weights, block, dropout, paths, sets, momentum)
-        if min(shared, intra, single, decorrelate) < 0 or not temperature > 0: raise HiermetricError(f"Weights of tasks must be at least 0 and the temperature above it; got shared={shared}, intra={intra}, single={single}, decorrelate={decorrelate}, temperature={temperature}.")
-        self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.weights = int(dim), pair_loss, pair_kw, miner, miner_kw, weights
-        self.shared, self.intra, self.single, self.decorrelate, self.temperature = float(shared), float(intra), float(single), float(decorrelate), float(temperature)
+        super().__init__(in_features, taxonomy, [dim] * 4, weights, block, dropout, paths, sets, momentum)
+        if min(shared, intra, single, decorrelate) < 0 or not temperature > 0:
+            raise HiermetricError(
+                f"Weights of tasks must be at least 0 and the temperature above it; got shared={shared}, "
+                f"intra={intra}, single={single}, decorrelate={decorrelate}, temperature={temperature}."
+            )
+        self.dim = int(dim)
+        self.pair_loss = pair_loss
+        self.pair_kw = pair_kw
+        self.miner = miner
+        self.miner_kw = miner_kw
+        self.weights = weights
+        self.shared = float(shared)
+        self.intra = float(intra)
+        self.single = float(single)
+        self.decorrelate = float(decorrelate)
+        self.temperature = float(temperature)
         self.criteria = nn.ModuleList(create_loss(pair_loss, self.tree, dim, **pair_kw or {}) for _ in range(2))
-        self.find = None if miner is None else create_miner(miner, self.tree, self.criteria[0].distance, **miner_kw or {})
+        self.find = (
+            None if miner is None else create_miner(miner, self.tree, self.criteria[0].distance, **miner_kw or {})
+        )
         self.check_pairs(self.criteria[0], self.find)
         self.adversaries = nn.ModuleList(Decorrelation([dim, dim]) for _ in range(3))
 
 # %% ../nbs/13_multitask.ipynb #92036b77
 @patch
-def tasks(self:DiVA,
-    parts:list[Tensor], # (B, D) four of them
-    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
-    x:Tensor, # (B, F) the features
-)->Tensor: # scalar
+def tasks(
+    self: DiVA,
+    parts: list[Tensor],  # (B, D) four of them
+    targets: Tensor,  # (B,) node ids, or (B, C) multi-hot rows
+    x: Tensor,  # (B, F) the features
+) -> Tensor:  # scalar
     "@eq-diva"
     targets, (first, across, inside, single) = self.on_tree(targets), parts
     loss = mined_loss(self.criteria[0], self.find, first, targets)
-    if self.shared: loss = loss + self.shared*mined_loss(self.criteria[1], self.find, across, targets[torch.randperm(len(targets), device=x.device)])
-    if self.intra: loss = loss + self.intra*triplet_loss(inside, intra_triplets(targets, self.tree))
-    if self.single: loss = loss + self.single*instance_loss(single, self.split(x)[3], self.rows, self.temperature)
-    if self.decorrelate: loss = loss + self.decorrelate*sum(o([part, first]) for o, part in zip(self.adversaries, parts[1:]))
+    if self.shared:
+        loss = loss + self.shared * mined_loss(
+            self.criteria[1], self.find, across, targets[torch.randperm(len(targets), device=x.device)]
+        )
+    if self.intra:
+        loss = loss + self.intra * triplet_loss(inside, intra_triplets(targets, self.tree))
+    if self.single:
+        loss = loss + self.single * instance_loss(single, self.split(x)[3], self.rows, self.temperature)
+    if self.decorrelate:
+        loss = loss + self.decorrelate * sum(o([part, first]) for o, part in zip(self.adversaries, parts[1:]))
     return loss
 
 # %% ../nbs/13_multitask.ipynb #3635e846
 def match_clusters(
-    before:Tensor, # (n,) clusters, 0 to k−1
-    now:Tensor, # (n,) clusters of the same rows
-    k:int, # how many there are
-)->Tensor: # (n,) `now`, renumbered
+    before: Tensor,  # (n,) clusters, 0 to k−1
+    now: Tensor,  # (n,) clusters of the same rows
+    k: int,  # how many there are
+) -> Tensor:  # (n,) `now`, renumbered
     "Numbers that keep as many rows as possible in the cluster of the same number"
     from scipy.optimize import linear_sum_assignment
-    shared = torch.bincount(before*k + now, minlength=k*k).view(k, k).cpu()
+
+    shared = torch.bincount(before * k + now, minlength=k * k).view(k, k).cpu()
     old, new = (torch.from_numpy(o) for o in linear_sum_assignment(shared.numpy(), maximize=True))
     return torch.empty_like(old).scatter_(0, new, old).to(now.device)[now]
 
 # %% ../nbs/13_multitask.ipynb #12c7895b
 class DivideConquer(MultiTask):
     "One embedding for each cluster of the training images, clustered again every few epochs: @eq-match"
-    def __init__(self,
-        in_features:int, # F
-        taxonomy:Taxonomy, # L leaves, N nodes
-        learners:int=4, # K
-        dim:int=512, # D of all of them together
-        pair_loss:str='triplet', # ℓ, one of `LOSSES`
-        pair_kw:dict|None=None, # its settings
-        miner:str|None='epshn', # one of `MINERS`; None: all pairs
-        miner_kw:dict|None=None, # its settings
-        every:int=2, # epochs between clusterings
-        conquer:float|None=None, # epoch from which all learn together; None: never
-        block:str='linear', # see `MultiTask`
-        dropout:float=0.5, # behind the projections
-        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
-        momentum:float=0.9, # of the running class means
+
+    def __init__(
+        self,
+        in_features: int,  # F
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        learners: int = 4,  # K
+        dim: int = 512,  # D of all of them together
+        pair_loss: str = 'triplet',  # ℓ, one of `LOSSES`
+        pair_kw: dict | None = None,  # its settings
+        miner: str | None = 'epshn',  # one of `MINERS`; None: all pairs
+        miner_kw: dict | None = None,  # its settings
+        every: int = 2,  # epochs between clusterings
+        conquer: float | None = None,  # epoch from which all learn together; None: never
+        block: str = 'linear',  # see `MultiTask`
+        dropout: float = 0.5,  # behind the projections
+        paths: bool = False,
+        sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame | None = None,  # labels of an image, see `MultiTask`
+        momentum: float = 0.9,  # of the running class means
     ):
         check_numbers('at least 0', conquer=conquer)
-        if learners < 1 or dim % learners or every < 1: raise HiermetricError(f"The dimensions are shared evenly among at least one learner, who is given images at least every epoch; got dim={dim}, learners={learners}, every={every}.")
-        super().__init__(in_features, taxonomy, [dim//learners]*learners, None, block, dropout, paths, sets, momentum)
-        self.learners, self.dim, self.pair_loss, self.pair_kw, self.miner, self.miner_kw, self.every, self.conquer = int(learners), int(dim), pair_loss, pair_kw, miner, miner_kw, int(every), conquer
-        self.criteria = nn.ModuleList(create_loss(pair_loss, self.tree, o, **pair_kw or {}) for o in [*self.sizes, dim])   # the last for all together
-        self.find = None if miner is None else create_miner(miner, self.tree, self.criteria[0].distance, **miner_kw or {})
+        if learners < 1 or dim % learners or every < 1:
+            raise HiermetricError(
+                "The dimensions are shared evenly among at least one learner, who is given images at least every "
+                f"epoch; got dim={dim}, learners={learners}, every={every}."
+            )
+        super().__init__(
+            in_features, taxonomy, [dim // learners] * learners, None, block, dropout, paths, sets, momentum
+        )
+        self.learners = int(learners)
+        self.dim = int(dim)
+        self.pair_loss = pair_loss
+        self.pair_kw = pair_kw
+        self.miner = miner
+        self.miner_kw = miner_kw
+        self.every = int(every)
+        self.conquer = conquer
+        self.criteria = nn.ModuleList(
+            create_loss(pair_loss, self.tree, o, **pair_kw or {}) for o in [*self.sizes, dim]
+        )  # the last for all together
+        self.find = (
+            None if miner is None else create_miner(miner, self.tree, self.criteria[0].distance, **miner_kw or {})
+        )
         self.check_pairs(self.criteria[0], self.find)
-        self.register_buffer('cluster', torch.zeros(0, dtype=torch.long)); self.register_buffer('looks', torch.zeros((), dtype=torch.long))
+        self.register_buffer('cluster', torch.zeros(0, dtype=torch.long))
+        self.register_buffer('looks', torch.zeros((), dtype=torch.long))
 
 # %% ../nbs/13_multitask.ipynb #6d87b6de
 @patch
-def prepare(self:DivideConquer, emb:Tensor, targets:Tensor)->None:
-    MultiTask.prepare(self, emb, targets); self.cluster = torch.full_like(targets, -1)   # nobody's yet
+def prepare(self: DivideConquer, emb: Tensor, targets: Tensor) -> None:
+    MultiTask.prepare(self, emb, targets)
+    self.cluster = torch.full_like(targets, -1)  # nobody's yet
+
 
 @patch
-def refresh(self:DivideConquer,
-    emb:Tensor, # (n, F) of the training split
-    targets:Tensor, # (n,) not looked at
-)->None:
+def refresh(
+    self: DivideConquer,
+    emb: Tensor,  # (n, F) of the training split
+    targets: Tensor,  # (n,) not looked at
+) -> None:
     "Cluster, every few epochs"
-    looks = int(self.looks); self.looks += 1
-    if looks % self.every or (self.conquer is not None and looks >= self.conquer): return
+    looks = int(self.looks)
+    self.looks += 1
+    if looks % self.every or (self.conquer is not None and looks >= self.conquer):
+        return
     now = kmeans(self.represent(emb), self.learners, 'cosine', seed=looks)[0].to(emb.device)
     self.cluster = match_clusters(self.cluster, now, self.learners) if looks else now
 
-@patch
-def conclude(self:DivideConquer, emb:Tensor, targets:Tensor)->None:
-    MultiTask.conclude(self, emb, targets); self.cluster = self.cluster[:0]
 
 @patch
-def tasks(self:DivideConquer,
-    parts:list[Tensor], # (B, D/K) K of them
-    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
-    x:Tensor, # (B, F) not looked at
-)->Tensor: # scalar
+def conclude(self: DivideConquer, emb: Tensor, targets: Tensor) -> None:
+    MultiTask.conclude(self, emb, targets)
+    self.cluster = self.cluster[:0]
+
+
+@patch
+def tasks(
+    self: DivideConquer,
+    parts: list[Tensor],  # (B, D/K) K of them
+    targets: Tensor,  # (B,) node ids, or (B, C) multi-hot rows
+    x: Tensor,  # (B, F) not looked at
+) -> Tensor:  # scalar
     "@eq-match; without rows or clusters every learner sees the whole batch"
     targets = self.on_tree(targets)
-    if self.conquer is not None and self.epoch >= self.conquer: return mined_loss(self.criteria[-1], self.find, self.join(parts), targets, self.rows)
+    if self.conquer is not None and self.epoch >= self.conquer:
+        return mined_loss(self.criteria[-1], self.find, self.join(parts), targets, self.rows)
     whose = None if self.rows is None or not len(self.cluster) else self.cluster[self.rows]
-    mine = [torch.ones(len(x), dtype=torch.bool, device=x.device) if whose is None else (whose == k) | (whose < 0) for k in range(self.learners)]
-    return sum(mined_loss(o, self.find, part[i], targets[i], None if self.rows is None else self.rows[i]) for o, part, i in zip(self.criteria, parts, mine))/self.learners
+    mine = [
+        torch.ones(len(x), dtype=torch.bool, device=x.device) if whose is None else (whose == k) | (whose < 0)
+        for k in range(self.learners)
+    ]
+    return (
+        sum(
+            mined_loss(o, self.find, part[i], targets[i], None if self.rows is None else self.rows[i])
+            for o, part, i in zip(self.criteria, parts, mine)
+        )
+        / self.learners
+    )
 
 # %% ../nbs/13_multitask.ipynb #eb5ffba3
 class BIER(MultiTask):
     "Boosted embeddings of rising size"
-    def __init__(self,
-        in_features:int, # F
-        taxonomy:Taxonomy, # L leaves, N nodes
-        sizes:Sequence[int]=(96, 160, 256), # D of each learner
-        alpha:float=2., beta:float=0.5, cost:float=25., # of the binomial deviance, see `BoostedDeviance`
-        decorrelate:float=0., # weight of the adversaries
-        block:str='linear', # see `MultiTask`
-        dropout:float=0.5, # behind the projections
-        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
-        momentum:float=0.9, # of the running class means
+
+    def __init__(
+        self,
+        in_features: int,  # F
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        sizes: Sequence[int] = (96, 160, 256),  # D of each learner
+        alpha: float = 2.0,
+        beta: float = 0.5,
+        cost: float = 25.0,  # of the binomial deviance, see `BoostedDeviance`
+        decorrelate: float = 0.0,  # weight of the adversaries
+        block: str = 'linear',  # see `MultiTask`
+        dropout: float = 0.5,  # behind the projections
+        paths: bool = False,
+        sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame | None = None,  # labels of an image, see `MultiTask`
+        momentum: float = 0.9,  # of the running class means
     ):
         K = len(sizes)
-        super().__init__(in_features, taxonomy, sizes, [2*(k + 1)/(K*(K + 1)) for k in range(K)] if K else None, block, dropout, paths, sets, momentum)
-        self.alpha, self.beta, self.cost, self.decorrelate = float(alpha), float(beta), float(cost), float(decorrelate)
+        super().__init__(
+            in_features,
+            taxonomy,
+            sizes,
+            [2 * (k + 1) / (K * (K + 1)) for k in range(K)] if K else None,
+            block,
+            dropout,
+            paths,
+            sets,
+            momentum,
+        )
+        self.alpha = float(alpha)
+        self.beta = float(beta)
+        self.cost = float(cost)
+        self.decorrelate = float(decorrelate)
         self.criterion = BoostedDeviance(sum(sizes), self.tree, self.sizes, alpha, beta, cost, decorrelate)
 
-    def tasks(self, parts:list[Tensor], targets:Tensor, x:Tensor)->Tensor: return self.criterion(torch.cat(parts, 1), self.on_tree(targets))
+    def tasks(self, parts: list[Tensor], targets: Tensor, x: Tensor) -> Tensor:
+        return self.criterion(torch.cat(parts, 1), self.on_tree(targets))
 
 # %% ../nbs/13_multitask.ipynb #4030abdb
 class SNDL(MultiTask):
     "Neighbours in a memory of all training images, and a classifier: @eq-sndl"
-    def __init__(self,
-        in_features:int, # F
-        taxonomy:Taxonomy, # L leaves, N nodes
-        dim:int=512, # D
-        temperature:float=0.05, # of the neighbours' softmax
-        memory:float=0.5, # what stays of an image's remembered embedding, in [0, 1)
-        ce:float=1., # λ
-        sharpness:float=16., # of the classifier's logits, since embeddings have length 1
-        block:str='linear', # see `MultiTask`
-        dropout:float=0.5, # behind the projection
-        paths:bool=False, sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame|None=None, # labels of an image, see `MultiTask`
-        momentum:float=0.9, # of the running class means
+
+    def __init__(
+        self,
+        in_features: int,  # F
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        dim: int = 512,  # D
+        temperature: float = 0.05,  # of the neighbours' softmax
+        memory: float = 0.5,  # what stays of an image's remembered embedding, in [0, 1)
+        ce: float = 1.0,  # λ
+        sharpness: float = 16.0,  # of the classifier's logits, since embeddings have length 1
+        block: str = 'linear',  # see `MultiTask`
+        dropout: float = 0.5,  # behind the projection
+        paths: bool = False,
+        sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame | None = None,  # labels of an image, see `MultiTask`
+        momentum: float = 0.9,  # of the running class means
     ):
         super().__init__(in_features, taxonomy, [dim], None, block, dropout, paths, sets, momentum)
-        check_numbers('at least 0', ce=ce); check_numbers('above 0', sharpness=sharpness)
-        if not self.n_labels: raise HiermetricError("A head with a logit a node needs a tree with at least one node below the root.")
-        self.dim, self.temperature, self.memory, self.ce, self.sharpness = int(dim), float(temperature), float(memory), float(ce), float(sharpness)
+        check_numbers('at least 0', ce=ce)
+        check_numbers('above 0', sharpness=sharpness)
+        if not self.n_labels:
+            raise HiermetricError("A head with a logit a node needs a tree with at least one node below the root.")
+        self.dim = int(dim)
+        self.temperature = float(temperature)
+        self.memory = float(memory)
+        self.ce = float(ce)
+        self.sharpness = float(sharpness)
         self.criterion = NeighbourNCA(dim, self.tree, temperature, memory)
-        self.classes = nn.Linear(dim, self.n_labels)   # one output a label; without `sets`, one for every node of `tree` but the root
+        self.classes = nn.Linear(
+            dim, self.n_labels
+        )  # one output a label; without `sets`, one for every node of `tree` but the root
 
 # %% ../nbs/13_multitask.ipynb #9442861f
 @patch
-def tasks(self:SNDL,
-    parts:list[Tensor], # (B, D) one of them
-    targets:Tensor, # (B,) node ids, or (B, C) multi-hot rows
-    x:Tensor, # (B, F) not looked at
-)->Tensor: # scalar
+def tasks(
+    self: SNDL,
+    parts: list[Tensor],  # (B, D) one of them
+    targets: Tensor,  # (B,) node ids, or (B, C) multi-hot rows
+    x: Tensor,  # (B, F) not looked at
+) -> Tensor:  # scalar
     "@eq-sndl"
-    z, near = self.sharpness*in_own_type(self.classes, parts[0]), self.criterion(parts[0], self.on_tree(targets), None, self.rows)
-    if targets.ndim == 2: return near + self.ce*F.binary_cross_entropy_with_logits(z, targets.to(z.dtype))
-    return near + self.ce*label_nll(z[:, self.tree.tensor('leaves', z.device) - 1], *self.labels(targets)).mean()
+    z = self.sharpness * in_own_type(self.classes, parts[0])
+    near = self.criterion(parts[0], self.on_tree(targets), None, self.rows)
+    if targets.ndim == 2:
+        return near + self.ce * F.binary_cross_entropy_with_logits(z, targets.to(z.dtype))
+    return near + self.ce * label_nll(z[:, self.tree.tensor('leaves', z.device) - 1], *self.labels(targets)).mean()
 
 # %% ../nbs/13_multitask.ipynb #5bfe02bd
 def read_multi_hot(
-    path:str|Path, # .csv with a header: a row an image, its name in the first column; then a column a label, 0 or 1
-)->pd.DataFrame: # (n, C) 0 or 1, index the names, a column a label
+    path: str | Path,  # .csv with a header: a row an image, its name in the first column; then a column a label, 0 or 1
+) -> pd.DataFrame:  # (n, C) 0 or 1, index the names, a column a label
     "Images with any number of labels each"
-    try: raw = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except (OSError, ValueError) as e: raise HiermetricError(f"Cannot read labels from {path}: {e}.") from e
-    if min(raw.shape) < 2: raise HiermetricError(f"{path} holds no labels: a header is wanted, below it a row an image, with a column of names and after it one column a label.")
-    names, labels = (pd.Index([str(o).strip() for o in k], name=n) for k, n in ((raw.iloc[1:, 0], 'image'), (raw.iloc[0, 1:], 'label')))
+    try:
+        raw = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    except (OSError, ValueError) as e:
+        raise HiermetricError(f"Cannot read labels from {path}: {e}.") from e
+    if min(raw.shape) < 2:
+        raise HiermetricError(
+            f"{path} holds no labels: a header is wanted, below it a row an image, with a column of names and "
+            "after it one column a label."
+        )
+    names, labels = (
+        pd.Index([str(o).strip() for o in k], name=n)
+        for k, n in ((raw.iloc[1:, 0], 'image'), (raw.iloc[0, 1:], 'label'))
+    )
     for what, o in (('image', names), ('label', labels)):
-        if (o == '').any(): raise HiermetricError(f"{path}: {what} {(o == '').argmax() + 1} has no name.")
-        if o.has_duplicates: raise HiermetricError(f"{path}: the {what} {o[o.duplicated()][0]!r} occurs twice; join the two.")
+        if (o == '').any():
+            raise HiermetricError(f"{path}: {what} {(o == '').argmax() + 1} has no name.")
+        if o.has_duplicates:
+            raise HiermetricError(f"{path}: the {what} {o[o.duplicated()][0]!r} occurs twice; join the two.")
     y = raw.iloc[1:, 1:].apply(pd.to_numeric, errors='coerce').to_numpy()
     if (bad := np.argwhere((y != 0) & (y != 1))).size:
         i, j = bad[0]
-        raise HiermetricError(f"{path}: the label {labels[j]!r} of {names[i]!r} is {raw.iloc[i+1, j+1]!r}; it must be 0 or 1.")
+        raise HiermetricError(
+            f"{path}: the label {labels[j]!r} of {names[i]!r} is {raw.iloc[i + 1, j + 1]!r}; it must be 0 or 1."
+        )
     return pd.DataFrame(y.astype(int), names, labels)
 
 # %% ../nbs/13_multitask.ipynb #ebae29e6
 def rows_of_files(
-    names:Sequence[str], # (n,) each the end of a path, or the whole of it
-    files:Sequence[str|Path], # (m,) images
-    source:str|Path, # where the names come from, for messages
-)->np.ndarray: # (m,) which name each image goes by
+    names: Sequence[str],  # (n,) each the end of a path, or the whole of it
+    files: Sequence[str | Path],  # (m,) images
+    source: str | Path,  # where the names come from, for messages
+) -> np.ndarray:  # (m,) which name each image goes by
     "Find each image's row in a table"
-    known = {Path(o).parts: i for i, o in enumerate(names)}; lengths = sorted({len(o) for o in known})
-    if twice := [(o, names[known[Path(o).parts]]) for i, o in enumerate(names) if known[Path(o).parts] != i]: raise HiermetricError(f"{source}: the names {twice[0][0]!r} and {twice[0][1]!r} are one path; keep one of the two rows.")
+    known = {Path(o).parts: i for i, o in enumerate(names)}
+    lengths = sorted({len(o) for o in known})
+    if twice := [(o, names[known[Path(o).parts]]) for i, o in enumerate(names) if known[Path(o).parts] != i]:
+        raise HiermetricError(
+            f"{source}: the names {twice[0][0]!r} and {twice[0][1]!r} are one path; keep one of the two rows."
+        )
     found, owner = [{known[q] for k in lengths if (q := Path(o).parts[-k:]) in known} for o in files], {}
-    if bare := [o for o, f in zip(files, found) if not f]: raise HiermetricError(f"{source} has no row for {len(bare):,} of {len(found):,} images, the first {bare[0]}. Give them rows, of zeros where an image has none of the labels, or leave these images out.")
+    if bare := [o for o, f in zip(files, found) if not f]:
+        raise HiermetricError(
+            f"{source} has no row for {len(bare):,} of {len(found):,} images, the first {bare[0]}. Give them "
+            "rows, of zeros where an image has none of the labels, or leave these images out."
+        )
     for o, f in zip(files, found):
-        if len(f) > 1: raise HiermetricError(f"{source} has {len(f)} rows for {o}: {' and '.join(repr(names[i]) for i in sorted(f))}. Keep one.")
-        if (first := owner.setdefault(i := min(f), o)) != o: raise HiermetricError(f"{source}: the name {names[i]!r} fits {first} as well as {o}; write more of their paths.")
+        if len(f) > 1:
+            raise HiermetricError(
+                f"{source} has {len(f)} rows for {o}: {' and '.join(repr(names[i]) for i in sorted(f))}. Keep one."
+            )
+        if (first := owner.setdefault(i := min(f), o)) != o:
+            raise HiermetricError(
+                f"{source}: the name {names[i]!r} fits {first} as well as {o}; write more of their paths."
+            )
     return np.array([min(f) for f in found], dtype=np.int64)
 
 # %% ../nbs/13_multitask.ipynb #c7099dd2
 def powerset(
-    table:pd.DataFrame, # (n, C) 0 or 1, a row an image, a column a label
-)->tuple[Taxonomy, np.ndarray, pd.DataFrame]: # a root and a leaf a set; (n,) node ids; (N, C) labels of every node, the Y of @eq-powerset
+    table: pd.DataFrame,  # (n, C) 0 or 1, a row an image, a column a label
+) -> tuple[
+    Taxonomy, np.ndarray, pd.DataFrame
+]:  # a root and a leaf a set; (n,) node ids; (N, C) labels of every node, the Y of @eq-powerset
     "Sets of labels as classes"
     kinds, kind = np.unique(table.to_numpy(dtype=int), axis=0, return_inverse=True)
-    names, root = [' + '.join(str(o) for o, there in zip(table.columns, row) if there) or 'none' for row in kinds], 'all sets'
-    if len({*names, root}) <= len(names): raise HiermetricError(f"Two sets of labels would have the name {next(o for i, o in enumerate(names) if o in [root, *names[:i]])!r}; rename the label that looks like a set.")
-    tax = Taxonomy.from_parents({root: None} | dict.fromkeys(names, root)); nodes = tax.index(names)
-    sets = np.zeros((len(tax), table.shape[1]), dtype=int); sets[nodes] = kinds
+    names = [' + '.join(str(o) for o, there in zip(table.columns, row) if there) or 'none' for row in kinds]
+    root = 'all sets'
+    if len({*names, root}) <= len(names):
+        raise HiermetricError(
+            "Two sets of labels would have the name "
+            f"{next(o for i, o in enumerate(names) if o in [root, *names[:i]])!r}; rename the label that looks "
+            "like a set."
+        )
+    tax = Taxonomy.from_parents({root: None} | dict.fromkeys(names, root))
+    nodes = tax.index(names)
+    sets = np.zeros((len(tax), table.shape[1]), dtype=int)
+    sets[nodes] = kinds
     return tax, nodes[kind.reshape(-1)], pd.DataFrame(sets, pd.Index(tax.names, name='set'), table.columns)
 
 # %% ../nbs/13_multitask.ipynb #f2afface
 def with_label_sets(
-    data:Features|ImageTable, # of images that are files; their own labels are not looked at
-    path:str|Path, # .csv as for `read_multi_hot`, a name being an image's path or the end of it
-    most:int=1000, # sets of labels that there may be
-)->tuple[Features|ImageTable, pd.DataFrame]: # the same images and splits, each labelled with its set; (N, C) 0 or 1, what a head takes as `sets`
+    data: Features | ImageTable,  # of images that are files; their own labels are not looked at
+    path: str | Path,  # .csv as for `read_multi_hot`, a name being an image's path or the end of it
+    most: int = 1000,  # sets of labels that there may be
+) -> tuple[
+    Features | ImageTable, pd.DataFrame
+]:  # the same images and splits, each labelled with its set; (N, C) 0 or 1, what a head takes as `sets`
     "Images with the labels of a table"
     vectors = isinstance(data, Features)
     files, split = (data.paths, data.split) if vectors else (data.samples['path'], data.samples['split'])
-    if files is None: raise HiermetricError("These features do not know their image files (`paths` is None), so a table of labels cannot be joined to them; extract them from images, or set `paths`.")
+    if files is None:
+        raise HiermetricError(
+            "These features do not know their image files (`paths` is None), so a table of labels cannot be "
+            "joined to them; extract them from images, or set `paths`."
+        )
     table = read_multi_hot(path)
     rows = rows_of_files(table.index, list(files), path)
     tax, targets, sets = powerset(table.iloc[rows])
-    if not 2 <= tax.n_leaves <= most: raise HiermetricError(f"{path}: the {len(rows):,} images have {tax.n_leaves:,} different sets of labels, and {'a class needs another' if tax.n_leaves < 2 else f'at most {most:,} may be classes; leave out labels that few images have, or raise `most`'}.")
-    strange = sorted(set(targets) - set(targets[np.asarray(split) == 'train'])); unused = len(table) - len(np.unique(rows))
-    if unused: warnings.warn(f"{unused:,} of {len(table):,} rows in {path} belong to none of the images; the others count.", stacklevel=2)
-    if strange: warnings.warn(f"{len(strange):,} of {tax.n_leaves:,} sets of labels have no training image, so nothing can be learnt about them ({', '.join(tax.names[i] for i in strange[:3])}{', …' if len(strange) > 3 else ''}).", stacklevel=2)
-    about = dict(labels=list(table.columns), unused_rows=unused, sets_without_training=[str(tax.names[i]) for i in strange])
-    if vectors: return replace(data, targets=targets, taxonomy=tax, meta=data.meta | about), sets
-    return replace(data, samples=data.samples.assign(**{'class': [tax.names[i] for i in targets]}), taxonomy=tax, notes=(*data.notes, f'labelled with sets of {len(table.columns)} labels from {Path(path).name}; {unused:,} rows unused')), sets
+    if not 2 <= tax.n_leaves <= most:
+        few = f'at most {most:,} may be classes; leave out labels that few images have, or raise `most`'
+        raise HiermetricError(
+            f"{path}: the {len(rows):,} images have {tax.n_leaves:,} different sets of labels, and "
+            f"{'a class needs another' if tax.n_leaves < 2 else few}."
+        )
+    strange = sorted(set(targets) - set(targets[np.asarray(split) == 'train']))
+    unused = len(table) - len(np.unique(rows))
+    if unused:
+        warnings.warn(
+            f"{unused:,} of {len(table):,} rows in {path} belong to none of the images; the others count.", stacklevel=2
+        )
+    if strange:
+        warnings.warn(
+            f"{len(strange):,} of {tax.n_leaves:,} sets of labels have no training image, so nothing can be "
+            "learnt about them "
+            f"({', '.join(tax.names[i] for i in strange[:3])}{', …' if len(strange) > 3 else ''}).",
+            stacklevel=2,
+        )
+    about = dict(
+        labels=list(table.columns), unused_rows=unused, sets_without_training=[str(tax.names[i]) for i in strange]
+    )
+    if vectors:
+        return replace(data, targets=targets, taxonomy=tax, meta=data.meta | about), sets
+    return replace(
+        data,
+        samples=data.samples.assign(**{'class': [tax.names[i] for i in targets]}),
+        taxonomy=tax,
+        notes=(
+            *data.notes,
+            f'labelled with sets of {len(table.columns)} labels from {Path(path).name}; {unused:,} rows unused',
+        ),
+    ), sets
 
 # %% ../nbs/13_multitask.ipynb #f47d0545
 def label_probs(
-    node_probs:Tensor|np.ndarray, # (n, N) of `predict`
-    sets:Tensor|Sequence[Sequence[int]]|pd.DataFrame, # (N, C) labels of every node
-    tax:Taxonomy, # tree over the N nodes
-)->Tensor: # (n, C)
+    node_probs: Tensor | np.ndarray,  # (n, N) of `predict`
+    sets: Tensor | Sequence[Sequence[int]] | pd.DataFrame,  # (N, C) labels of every node
+    tax: Taxonomy,  # tree over the N nodes
+) -> Tensor:  # (n, C)
     "Probability of every label, @eq-powerset"
     p, leaves = check_node_probs(node_probs, tax), tax.tensor('leaves')
-    return p[:, leaves.to(p.device)]@label_rows(sets, tax)[leaves].to(p)
+    return p[:, leaves.to(p.device)] @ label_rows(sets, tax)[leaves].to(p)
+
 
 def label_report(
-    probs:Tensor|np.ndarray, # (n, C) the higher, the likelier
-    truth:pd.DataFrame, # (n, C) 0 or 1, a column a label: `sets.iloc[targets]`
-)->pd.DataFrame: # a row a label: images that have it, their share, which a guess would come to, and average precision, NaN where no image has it
+    probs: Tensor | np.ndarray,  # (n, C) the higher, the likelier
+    truth: pd.DataFrame,  # (n, C) 0 or 1, a column a label: `sets.iloc[targets]`
+    # a row a label: images that have it, their share, which a guess would come to, and average precision, NaN where no
+    # image has it
+) -> pd.DataFrame:
     "How well the images with each label are found"
     from sklearn.metrics import average_precision_score
+
     p, y = np.asarray(probs, dtype=float), truth.to_numpy()
-    if p.shape != y.shape or not np.isfinite(p).all() or not np.isin(y, (0, 1)).all(): raise HiermetricError(f"Finite probabilities of shape (images, labels) and the truth, 0 or 1, are wanted; got {p.shape} and {y.shape}.")
+    if p.shape != y.shape or not np.isfinite(p).all() or not np.isin(y, (0, 1)).all():
+        raise HiermetricError(
+            f"Finite probabilities of shape (images, labels) and the truth, 0 or 1, are wanted; got {p.shape} and "
+            f"{y.shape}."
+        )
     ap = [average_precision_score(a, b) if a.any() else np.nan for a, b in zip(y.T, p.T)]
-    return pd.DataFrame({'images': y.sum(0), 'share': y.mean(0), 'average precision': ap}, pd.Index(truth.columns, name='label'))
+    return pd.DataFrame(
+        {'images': y.sum(0), 'share': y.mean(0), 'average precision': ap}, pd.Index(truth.columns, name='label')
+    )
 
 # %% ../nbs/13_multitask.ipynb #b1ef022e
 class PartialMargin(CombinedMargin):
     "`CombinedMargin` over the classes of the batch and a random share of the others, @eq-partial"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        share:float=0.1, # r in (0, 1], of the classes in each step; 1: all
-        s:float=32., # scale
-        m1:float=1., # factor on the angle, at least 1
-        m2:float=0.3, # added to the angle, radians, in [0, π)
-        m3:float=0., # taken from the cosine, at least 0
-        init:str='xavier_uniform', # rule that fills `weight`
-        class_weights:Tensor|Sequence[float]|None=None, # (L,) weight of each class in the loss, in leaf order
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        share: float = 0.1,  # r in (0, 1], of the classes in each step; 1: all
+        s: float = 32.0,  # scale
+        m1: float = 1.0,  # factor on the angle, at least 1
+        m2: float = 0.3,  # added to the angle, radians, in [0, π)
+        m3: float = 0.0,  # taken from the cosine, at least 0
+        init: str = 'xavier_uniform',  # rule that fills `weight`
+        class_weights: Tensor | Sequence[float] | None = None,  # (L,) weight of each class in the loss, in leaf order
     ):
         super().__init__(in_features, taxonomy, s, m1, m2, m3, init, class_weights)
-        if not 0 < share <= 1: raise HiermetricError(f"The share of classes must be in (0, 1], not {share}; 0.1 is usual for many thousands of classes.")
+        if not 0 < share <= 1:
+            raise HiermetricError(
+                f"The share of classes must be in (0, 1], not {share}; 0.1 is usual for many thousands of classes."
+            )
         self.share = float(share)
 
 # %% ../nbs/13_multitask.ipynb #18b5b549
 @patch
-def chosen(self:PartialMargin,
-    column:Tensor, under:Tensor|None, # of `labels(targets)`
-)->Tensor: # (|S|,) columns: the labels' own, and random others
+def chosen(
+    self: PartialMargin,
+    column: Tensor,
+    under: Tensor | None,  # of `labels(targets)`
+) -> Tensor:  # (|S|,) columns: the labels' own, and random others
     "The classes of this step"
     luck = torch.rand(self.taxonomy.n_leaves, device=column.device)
-    luck[column[column >= 0] if under is None else under.any(0)] = 2.
-    return luck.topk(max(math.ceil(self.share*len(luck)), int((luck == 2).sum()))).indices
+    luck[column[column >= 0] if under is None else under.any(0)] = 2.0
+    return luck.topk(max(math.ceil(self.share * len(luck)), int((luck == 2).sum()))).indices
+
 
 @patch
-def sample_weights(self:PartialMargin, targets:Tensor)->Tensor|None: return CombinedMargin.sample_weights(self, targets) if self.share == 1 else None   # the classes of a step are those of its batch
+def sample_weights(self: PartialMargin, targets: Tensor) -> Tensor | None:
+    return (
+        CombinedMargin.sample_weights(self, targets) if self.share == 1 else None
+    )  # the classes of a step are those of its batch
+
 
 @patch
-def losses(self:PartialMargin,
-    emb:Tensor, # (B, D) float32 or better
-    targets:Tensor, # (B,) int64 node ids, leaves or not
-    column:Tensor, under:Tensor|None, # of `labels(targets)`
-)->Tensor: # (B,)
+def losses(
+    self: PartialMargin,
+    emb: Tensor,  # (B, D) float32 or better
+    targets: Tensor,  # (B,) int64 node ids, leaves or not
+    column: Tensor,
+    under: Tensor | None,  # of `labels(targets)`
+) -> Tensor:  # (B,)
     "@eq-partial; outside of training over all classes"
-    if not (self.training and self.share < 1): return label_nll(self.train_logits(emb, column, under), column, under)
+    if not (self.training and self.share < 1):
+        return label_nll(self.train_logits(emb, column, under), column, under)
     few = self.chosen(column, under)
     cos = F.linear(unit(emb), unit(self.full(self.weight[few])))
     right = column[:, None] == few if under is None else under[:, few]
-    return subtree_nll(self.s*torch.where(right, self.margin(cos), cos), right)
+    return subtree_nll(self.s * torch.where(right, self.margin(cos), cos), right)
 
 # %% ../nbs/13_multitask.ipynb #e6137216
 def pseudo_classes(
-    features:Features, # of any kind; their labels are not looked at
-    k:int, # clusters
-    emb:Tensor|np.ndarray|None=None, # (n, D) what is clustered, in the order of the features; None: the features
-    seed:int=0,
-    iters:int=20, # of k-means
-)->Features: # the same vectors and splits; the labels are clusters of the training split, and of the others the nearest ones
+    features: Features,  # of any kind; their labels are not looked at
+    k: int,  # clusters
+    # (n, D) what is clustered, in the order of the features; None: the features
+    emb: Tensor | np.ndarray | None = None,
+    seed: int = 0,
+    iters: int = 20,  # of k-means
+) -> (
+    Features
+):  # the same vectors and splits; the labels are clusters of the training split, and of the others the nearest ones
     "Features whose classes are clusters"
     emb = torch.as_tensor(np.asarray(features.x if emb is None else emb, dtype=np.float32))
-    if len(emb) != len(features): raise HiermetricError(f"There are {len(features)} rows of features and {len(emb)} embeddings to be clustered; give one a row, in the same order.")
+    if len(emb) != len(features):
+        raise HiermetricError(
+            f"There are {len(features)} rows of features and {len(emb)} embeddings to be clustered; give one a "
+            "row, in the same order."
+        )
     centres = kmeans(emb[torch.from_numpy(features.split == 'train')], k, 'cosine', iters, seed)[1]
     cluster = neighbours(emb, centres, 1).rows[:, 0]
-    tax = Taxonomy.from_parents({f'cluster {i:0{len(str(k-1))}}': 'everything' for i in range(k)} | {'everything': None})
+    tax = Taxonomy.from_parents(
+        {f'cluster {i:0{len(str(k - 1))}}': 'everything' for i in range(k)} | {'everything': None}
+    )
     return replace(features, targets=tax.leaves[cluster.numpy()], taxonomy=tax, meta=features.meta | {'clusters': k})
 
 # %% ../nbs/13_multitask.ipynb #66a0f79a
 def join_modalities(
-    emb:Tensor|np.ndarray, # (n, D) embeddings of images
-    path:str|Path, # .npz with `emb` (n, D) of texts, in the same order and space; rows of NaN where there is no text
-)->Tensor: # (n, D) unit vectors
+    emb: Tensor | np.ndarray,  # (n, D) embeddings of images
+    # .npz with `emb` (n, D) of texts, in the same order and space; rows of NaN where there is no text
+    path: str | Path,
+) -> Tensor:  # (n, D) unit vectors
     "The mean direction of image and text"
     emb = unit(torch.as_tensor(np.asarray(emb, dtype=np.float32)))
     try:
-        with np.load(path, allow_pickle=False) as file: text = torch.from_numpy(file['emb'].astype(np.float32))
-    except (OSError, KeyError, ValueError) as e: raise HiermetricError(f"{path} holds no embeddings of texts ({e}); write it with np.savez(path, emb=array).") from e
-    if text.shape != emb.shape: raise HiermetricError(f"{path} holds embeddings of shape {tuple(text.shape)}; those of the images are {tuple(emb.shape)}, and the two must agree row by row.")
-    return unit(emb + torch.where(text.isfinite().all(1, keepdim=True), unit(text.nan_to_num()), 0.))
+        with np.load(path, allow_pickle=False) as file:
+            text = torch.from_numpy(file['emb'].astype(np.float32))
+    except (OSError, KeyError, ValueError) as e:
+        raise HiermetricError(
+            f"{path} holds no embeddings of texts ({e}); write it with np.savez(path, emb=array)."
+        ) from e
+    if text.shape != emb.shape:
+        raise HiermetricError(
+            f"{path} holds embeddings of shape {tuple(text.shape)}; those of the images are {tuple(emb.shape)}, "
+            "and the two must agree row by row."
+        )
+    return unit(emb + torch.where(text.isfinite().all(1, keepdim=True), unit(text.nan_to_num()), 0.0))
 
 # %% ../nbs/13_multitask.ipynb #33598b8f
 class RankFlags(Rule):
-    "Down to the most probable leaf, until a node is less probable than it is for nearly all images of its own, @eq-flags"
-    learned = 'limits',
-    limits:np.ndarray|None = None # (N,) t
-    def __init__(self,
-        strange:float=.05, # q, share of a node's own images that it may turn away, in [0, 1)
+    """Down to the most probable leaf, until a node is less probable than it is for nearly all images of its own,
+    @eq-flags"""
+
+    learned = ('limits',)
+    limits: np.ndarray | None = None  # (N,) t
+
+    def __init__(
+        self,
+        strange: float = 0.05,  # q, share of a node's own images that it may turn away, in [0, 1)
     ):
-        if not 0 <= strange < 1: raise HiermetricError(f"The share of images that a class may turn away is in [0, 1), not {strange!r}; 0.05 is one in twenty.")
+        if not 0 <= strange < 1:
+            raise HiermetricError(
+                f"The share of images that a class may turn away is in [0, 1), not {strange!r}; 0.05 is one in twenty."
+            )
         self.strange = float(strange)
 
-    def _answer(self, p:Tensor)->Tensor:
+    def _answer(self, p: Tensor) -> Tensor:
         nodes = _path(p, self.tax)
         return _deepest(nodes, p.gather(1, nodes).double() >= torch.as_tensor(self.limits, device=p.device)[nodes])
 
 # %% ../nbs/13_multitask.ipynb #eca9cdb7
 @patch
-def fit(self:RankFlags,
-    node_probs:Tensor|np.ndarray, # (n, N) of training images, or better of validation images
-    targets:Tensor|np.ndarray, # (n,) their true node ids
-    tax:Taxonomy, # tree over the N nodes
-)->RankFlags: # itself
+def fit(
+    self: RankFlags,
+    node_probs: Tensor | np.ndarray,  # (n, N) of training images, or better of validation images
+    targets: Tensor | np.ndarray,  # (n,) their true node ids
+    tax: Taxonomy,  # tree over the N nodes
+) -> RankFlags:  # itself
     "Learn each node's threshold"
     Rule.fit(self, tax=tax)
-    p = check_node_probs(node_probs, tax); t = check_targets(targets, tax, len(p))
-    nodes = _path(p, tax); score, nodes = p.gather(1, nodes).double().cpu().numpy(), nodes.cpu().numpy()
-    there = tax.is_ancestor(nodes, t[:, None]); there[:, 1:] &= nodes[:, 1:] != nodes[:, :-1]   # a shallow leaf comes once
+    p = check_node_probs(node_probs, tax)
+    t = check_targets(targets, tax, len(p))
+    nodes = _path(p, tax)
+    score, nodes = p.gather(1, nodes).double().cpu().numpy(), nodes.cpu().numpy()
+    there = tax.is_ancestor(nodes, t[:, None])
+    there[:, 1:] &= nodes[:, 1:] != nodes[:, :-1]  # a shallow leaf comes once
     node, score = nodes[there], score[there]
-    order = np.lexsort((score, node)); n = np.bincount(node, minlength=len(tax)); first = n.cumsum() - n
+    order = np.lexsort((score, node))
+    n = np.bincount(node, minlength=len(tax))
+    first = n.cumsum() - n
     self.limits = np.full(len(tax), np.inf)
-    self.limits[n > 0] = score[order][(first + np.floor(self.strange*n).astype(int))[n > 0]]
+    self.limits[n > 0] = score[order][(first + np.floor(self.strange * n).astype(int))[n > 0]]
     self.limits[0] = -np.inf
     return self
 
 # %% ../nbs/13_multitask.ipynb #e0730a41
 def rank_report(
-    answers:np.ndarray, # (n,) node ids
-    targets:np.ndarray, # (n,) true node ids
-    tax:Taxonomy, # tree of height H
-    known:np.ndarray|None=None, # (L,) bool, leaves that were trained; None: all
-)->pd.DataFrame: # a row a depth, 1 to H: images that have a name there; the share named right, off the right path, and on it but unsure, which add up to 1; the share for which unsure is due
+    answers: np.ndarray,  # (n,) node ids
+    targets: np.ndarray,  # (n,) true node ids
+    tax: Taxonomy,  # tree of height H
+    known: np.ndarray | None = None,  # (L,) bool, leaves that were trained; None: all
+    # a row a depth, 1 to H: images that have a name there; the share named right, off the right path, and on it but
+    # unsure,
+    # which add up to 1; the share for which unsure is due
+) -> pd.DataFrame:
     "How far the answers go, and how right they are, at every rank"
-    a, t = (torch.as_tensor(check_targets(o, tax, len(answers), who)).long() for o, who in ((answers, 'answer'), (targets, 'target')))
+    a, t = (
+        torch.as_tensor(check_targets(o, tax, len(answers), who)).long()
+        for o, who in ((answers, 'answer'), (targets, 'target'))
+    )
     best = t if known is None else torch.as_tensor(known_ancestor(tax, known))[t]
     depths, said, rows = tax.tensor('depths'), root_path(a, tax), {}
     for d in range(1, tax.height + 1):
-        on = tax.is_ancestor(said[:, d], best); named = depths[a] >= d
-        rows[d] = [int((depths[t] >= d).sum()), *(float(o[depths[t] >= d].float().mean()) for o in (on & named, ~on, on & ~named, depths[best] < d))]
-    return pd.DataFrame.from_dict(rows, 'index', columns=['images', 'right', 'wrong', 'unsure', 'due']).rename_axis('depth')
+        on = tax.is_ancestor(said[:, d], best)
+        named = depths[a] >= d
+        rows[d] = [
+            int((depths[t] >= d).sum()),
+            *(float(o[depths[t] >= d].float().mean()) for o in (on & named, ~on, on & ~named, depths[best] < d)),
+        ]
+    return pd.DataFrame.from_dict(rows, 'index', columns=['images', 'right', 'wrong', 'unsure', 'due']).rename_axis(
+        'depth'
+    )

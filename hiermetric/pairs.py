@@ -31,10 +31,10 @@ __all__ = ['GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'c
 
 # %% ../nbs/13_pairs.ipynb #25e35739
 def relation(
-    u:Tensor, # (B,) node ids
-    v:Tensor, # (R,) node ids
-    taxonomy:Taxonomy, # that they belong to
-)->tuple[Tensor, Tensor]: # (B, R) bool, surely the same leaf; (B, R) bool, surely different ones
+    u: Tensor,  # (B,) node ids
+    v: Tensor,  # (R,) node ids
+    taxonomy: Taxonomy,  # that they belong to
+) -> tuple[Tensor, Tensor]:  # (B, R) bool, surely the same leaf; (B, R) bool, surely different ones
     "What two labels tell about a pair; where both are False, nothing is known"
     u, v = u[:, None], v[None]
     last = taxonomy.tensor('last', u.device)
@@ -42,46 +42,68 @@ def relation(
 
 # %% ../nbs/13_pairs.ipynb #a7a1a46e
 def distances(
-    x:Tensor, # (B, D)
-    y:Tensor, # (R, D)
-    distance:str='cosine', # one of `DISTANCES`
-)->Tensor: # (B, R)
+    x: Tensor,  # (B, D)
+    y: Tensor,  # (R, D)
+    distance: str = 'cosine',  # one of `DISTANCES`
+) -> Tensor:  # (B, R)
     "@eq-distance; for the cosine, rows of length 1 are expected"
-    return 1 - x@y.T if distance == 'cosine' else torch.cdist(x, y)
+    return 1 - x @ y.T if distance == 'cosine' else torch.cdist(x, y)
 
 # %% ../nbs/13_pairs.ipynb #e6460ed3
 class _Distance(BaseDistance):
-    def __init__(self, distance:str): super().__init__(normalize_embeddings=False, is_inverted=False); self.kind = distance
-    def compute_mat(self, query_emb:Tensor, ref_emb:Tensor)->Tensor: return distances(query_emb, ref_emb, self.kind)
+    def __init__(self, distance: str):
+        super().__init__(normalize_embeddings=False, is_inverted=False)
+        self.kind = distance
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return distances(query_emb, ref_emb, self.kind)
 
 # %% ../nbs/13_pairs.ipynb #803c26a1
 class PairLoss(nn.Module):
     "What every loss on pairs is; a subclass defines `between(x, targets, found, rows)`"
-    multi_label:bool = False # also takes multi-hot labels, (B, C)
-    takes:str = 'any' # miners: 'any', 'plain' (a positive is the same, a negative is different), 'none'
-    alone:bool = False # each image's loss depends on no other image, so that a batch may come in parts
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes
-        distance:str='cosine', # one of `DISTANCES`
-        normalise:bool=True, # embeddings are scaled to length 1 first
+
+    multi_label: bool = False  # also takes multi-hot labels, (B, C)
+    takes: str = 'any'  # miners: 'any', 'plain' (a positive is the same, a negative is different), 'none'
+    alone: bool = False  # each image's loss depends on no other image, so that a batch may come in parts
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # tree over the N nodes
+        distance: str = 'cosine',  # one of `DISTANCES`
+        normalise: bool = True,  # embeddings are scaled to length 1 first
     ):
         super().__init__()
-        if in_features < 1: raise HiermetricError(f"A loss needs at least one input feature, not {in_features}.")
-        if distance == 'cosine' and not normalise: raise HiermetricError("A cosine does not see lengths, so normalise=False changes nothing; choose distance='euclidean'.")
-        self.in_features, self.taxonomy, self.distance, self.normalise = in_features, taxonomy, choice('distance', distance, DISTANCES), normalise
+        if in_features < 1:
+            raise HiermetricError(f"A loss needs at least one input feature, not {in_features}.")
+        if distance == 'cosine' and not normalise:
+            raise HiermetricError(
+                "A cosine does not see lengths, so normalise=False changes nothing; choose distance='euclidean'."
+            )
+        self.in_features = in_features
+        self.taxonomy = taxonomy
+        self.distance = choice('distance', distance, DISTANCES)
+        self.normalise = normalise
 
-    def represent(self, emb:Tensor)->Tensor: return unit(emb) if self.normalise else emb   # what is compared, and looked up by
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor: raise NotImplementedError
-    def prepare(self, targets:Tensor)->None: "Called once before training with the (n,) node ids of the training split"
-    def conclude(self)->None: "Called once after training"
+    def represent(self, emb: Tensor) -> Tensor:
+        return unit(emb) if self.normalise else emb  # what is compared, and looked up by
 
-    def forward(self,
-        emb:Tensor, # (B, D)
-        targets:Tensor, # (B,) node ids, leaves or not; (B, C) multi-hot where `multi_label`
-        found:tuple[Tensor, ...]|None=None, # of a miner; None: all pairs
-        rows:Tensor|None=None, # (B,) rows of the training split
-    )->Tensor: # scalar
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def prepare(self, targets: Tensor) -> None:
+        "Called once before training with the (n,) node ids of the training split"
+
+    def conclude(self) -> None:
+        "Called once after training"
+
+    def forward(
+        self,
+        emb: Tensor,  # (B, D)
+        targets: Tensor,  # (B,) node ids, leaves or not; (B, C) multi-hot where `multi_label`
+        found: tuple[Tensor, ...] | None = None,  # of a miner; None: all pairs
+        rows: Tensor | None = None,  # (B,) rows of the training split
+    ) -> Tensor:  # scalar
         check_labels(targets, self.taxonomy, len(emb), self.multi_label)
         with torch.autocast(emb.device.type, enabled=False):
             x = self.represent(emb.to(torch.promote_types(emb.dtype, torch.float32)))
@@ -89,323 +111,447 @@ class PairLoss(nn.Module):
 
 # %% ../nbs/13_pairs.ipynb #185476e7
 def check_labels(
-    targets:Tensor, # (B,) node ids or (B, C) multi-hot
-    taxonomy:Taxonomy, # that node ids belong to
-    n:int, # B that is wanted
-    multi_label:bool=False, # multi-hot labels are welcome
-)->None:
+    targets: Tensor,  # (B,) node ids or (B, C) multi-hot
+    taxonomy: Taxonomy,  # that node ids belong to
+    n: int,  # B that is wanted
+    multi_label: bool = False,  # multi-hot labels are welcome
+) -> None:
     "Raise `HiermetricError` unless the labels fit"
-    if targets.ndim == 1: return check_targets(targets, taxonomy, n, values=targets.device.type == 'cpu')
-    if not multi_label: raise HiermetricError(f"Labels of shape {tuple(targets.shape)} do not fit: here every image has one label, (B,) node ids.")
-    if targets.ndim != 2 or len(targets) != n: raise HiermetricError(f"Multi-hot labels of shape {tuple(targets.shape)} do not fit: ({n}, C) is wanted.")
+    if targets.ndim == 1:
+        return check_targets(targets, taxonomy, n, values=targets.device.type == 'cpu')
+    if not multi_label:
+        raise HiermetricError(
+            f"Labels of shape {tuple(targets.shape)} do not fit: here every image has one label, (B,) node ids."
+        )
+    if targets.ndim != 2 or len(targets) != n:
+        raise HiermetricError(f"Multi-hot labels of shape {tuple(targets.shape)} do not fit: ({n}, C) is wanted.")
 
 # %% ../nbs/13_pairs.ipynb #3f52fe33
 class LibraryLoss(PairLoss):
     "A loss of pytorch-metric-learning on labels at any node"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes, L leaves
-        loss:Callable, # makes the loss from its `distance`
-        distance:str, # one of `DISTANCES`
-        normalise:bool=True, # embeddings are scaled to length 1 first
-        takes:str='plain', # miners
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # tree over the N nodes, L leaves
+        loss: Callable,  # makes the loss from its `distance`
+        distance: str,  # one of `DISTANCES`
+        normalise: bool = True,  # embeddings are scaled to length 1 first
+        takes: str = 'plain',  # miners
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
         self.loss, self.takes = loss(distance=_Distance(distance)), takes
 
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         labels, all_known = leaf_labels(targets, self.taxonomy)
-        if found is None and not all_known: found = known_pairs(targets, self.taxonomy)
+        if found is None and not all_known:
+            found = known_pairs(targets, self.taxonomy)
         return self.loss(x, labels, found)
 
 # %% ../nbs/13_pairs.ipynb #037a9e68
 def leaf_labels(
-    targets:Tensor, # (B,) node ids
-    taxonomy:Taxonomy, # that they belong to
-)->tuple[Tensor, bool]: # (B,) leaf columns, each image above the leaves with a number of its own; whether all are leaves
+    targets: Tensor,  # (B,) node ids
+    taxonomy: Taxonomy,  # that they belong to
+) -> tuple[
+    Tensor, bool
+]:  # (B,) leaf columns, each image above the leaves with a number of its own; whether all are leaves
     "Labels for code that knows only same and different"
     column = taxonomy.tensor('leaf_column', targets.device)[targets]
-    return torch.where(column < 0, taxonomy.n_leaves + torch.arange(len(column), device=column.device), column), bool((column >= 0).all())
+    return torch.where(column < 0, taxonomy.n_leaves + torch.arange(len(column), device=column.device), column), bool(
+        (column >= 0).all()
+    )
+
 
 def known_pairs(
-    targets:Tensor, # (B,) node ids
-    taxonomy:Taxonomy, # that they belong to
-)->tuple[Tensor, Tensor, Tensor, Tensor]: # anchors and positives, anchors and negatives: rows of the batch
+    targets: Tensor,  # (B,) node ids
+    taxonomy: Taxonomy,  # that they belong to
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # anchors and positives, anchors and negatives: rows of the batch
     "All pairs that are surely the same, and all that are surely different"
     same, different = relation(targets, targets, taxonomy)
     return *same.fill_diagonal_(False).nonzero(as_tuple=True), *different.nonzero(as_tuple=True)
 
 # %% ../nbs/13_pairs.ipynb #c2c92150
-def triplet(in_features:int, taxonomy:Taxonomy, # D, tree
-    margin:float=0.1, # how much farther the negative shall be
-    distance:str='euclidean', normalise:bool=True, # see `PairLoss`
-)->LibraryLoss:
+def triplet(
+    in_features: int,
+    taxonomy: Taxonomy,  # D, tree
+    margin: float = 0.1,  # how much farther the negative shall be
+    distance: str = 'euclidean',
+    normalise: bool = True,  # see `PairLoss`
+) -> LibraryLoss:
     "max(0, d(a, p) − d(a, n) + margin)"
     check_numbers('at least 0', margin=margin)
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.TripletMarginLoss(margin, **kw), distance, normalise, 'any')
+    return LibraryLoss(
+        in_features, taxonomy, lambda **kw: pml_losses.TripletMarginLoss(margin, **kw), distance, normalise, 'any'
+    )
 
-def contrastive(in_features:int, taxonomy:Taxonomy, # D, tree
-    near:float=0., far:float=1., # a positive shall be at most as near, a negative at least as far
-    distance:str='euclidean', normalise:bool=True, # see `PairLoss`
-)->LibraryLoss:
+
+def contrastive(
+    in_features: int,
+    taxonomy: Taxonomy,  # D, tree
+    near: float = 0.0,
+    far: float = 1.0,  # a positive shall be at most as near, a negative at least as far
+    distance: str = 'euclidean',
+    normalise: bool = True,  # see `PairLoss`
+) -> LibraryLoss:
     "max(0, d(a, p) − near) and max(0, far − d(a, n))"
-    check_numbers('at least 0', near=near); check_numbers('above 0', far=far)
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.ContrastiveLoss(near, far, **kw), distance, normalise)
+    check_numbers('at least 0', near=near)
+    check_numbers('above 0', far=far)
+    return LibraryLoss(
+        in_features, taxonomy, lambda **kw: pml_losses.ContrastiveLoss(near, far, **kw), distance, normalise
+    )
+
 
 class LearntBounds(LibraryLoss):
     "A bound β a leaf; an anchor that is known above the leaves goes by the mean of those under it"
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         labels, all_known = leaf_labels(targets, self.taxonomy)
-        if found is None or all_known or not self.loss.learn_beta: return super().between(x, targets, found, rows)
+        if found is None or all_known or not self.loss.learn_beta:
+            return super().between(x, targets, found, rows)
         start, stop = (self.taxonomy.tensor(k, x.device)[targets] for k in ('leaf_start', 'leaf_stop'))
         upto = F.pad(self.loss.beta.cumsum(0), (1, 0))
-        bounds = torch.cat([self.loss.beta, (upto[stop] - upto[start])/(stop - start)])   # as `leaf_labels` counts
+        bounds = torch.cat([self.loss.beta, (upto[stop] - upto[start]) / (stop - start)])  # as `leaf_labels` counts
         return torch.func.functional_call(self.loss, {'beta': bounds}, (x, labels, found))
 
-def margin(in_features:int, taxonomy:Taxonomy, # D, tree
-    margin:float=0.2, # on either side of the bound
-    beta:float|None=None, # bound between near and far to begin with; None: 1.2, or the same angle as a cosine distance
-    learn:bool=True, # every class learns its own bound
-    distance:str='euclidean', normalise:bool=True, # see `PairLoss`
-)->LibraryLoss:
+
+def margin(
+    in_features: int,
+    taxonomy: Taxonomy,  # D, tree
+    margin: float = 0.2,  # on either side of the bound
+    # bound between near and far to begin with; None: 1.2, or the same angle as a cosine distance
+    beta: float | None = None,
+    learn: bool = True,  # every class learns its own bound
+    distance: str = 'euclidean',
+    normalise: bool = True,  # see `PairLoss`
+) -> LibraryLoss:
     "max(0, d(a, p) − β + margin) + max(0, β − d(a, n) + margin) with a bound β a class"
     check_numbers('at least 0', margin=margin, beta=beta)
-    if beta is None: beta = first_bound(distance)
-    return LearntBounds(in_features, taxonomy, lambda **kw: pml_losses.MarginLoss(margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves if learn else None, **kw), distance, normalise, 'any')
+    if beta is None:
+        beta = first_bound(distance)
+    return LearntBounds(
+        in_features,
+        taxonomy,
+        lambda **kw: pml_losses.MarginLoss(
+            margin, beta=beta, learn_beta=learn, num_classes=taxonomy.n_leaves if learn else None, **kw
+        ),
+        distance,
+        normalise,
+        'any',
+    )
 
-def first_bound(distance:str)->float: return 1.2 if distance == 'euclidean' else 1.2**2/2   # the same place on the sphere, @eq-distance
+
+def first_bound(distance: str) -> float:
+    return 1.2 if distance == 'euclidean' else 1.2**2 / 2  # the same place on the sphere, @eq-distance
 
 # %% ../nbs/13_pairs.ipynb #767a56be
-def multi_similarity(in_features:int, taxonomy:Taxonomy, # D, tree
-    alpha:float=2., beta:float=50., # sharpness of pulling and of pushing
-    base:float=0.5, # distance between near and far
-    distance:str='cosine', normalise:bool=True, # see `PairLoss`
-)->LibraryLoss:
+def multi_similarity(
+    in_features: int,
+    taxonomy: Taxonomy,  # D, tree
+    alpha: float = 2.0,
+    beta: float = 50.0,  # sharpness of pulling and of pushing
+    base: float = 0.5,  # distance between near and far
+    distance: str = 'cosine',
+    normalise: bool = True,  # see `PairLoss`
+) -> LibraryLoss:
     "Soft maxima over an anchor's positives and over its negatives"
-    check_numbers('above 0', alpha=alpha, beta=beta); check_numbers('at least 0', base=base)
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.MultiSimilarityLoss(alpha, beta, base, **kw), distance, normalise)
+    check_numbers('above 0', alpha=alpha, beta=beta)
+    check_numbers('at least 0', base=base)
+    return LibraryLoss(
+        in_features, taxonomy, lambda **kw: pml_losses.MultiSimilarityLoss(alpha, beta, base, **kw), distance, normalise
+    )
 
-def supcon(in_features:int, taxonomy:Taxonomy, # D, tree
-    temperature:float=0.1, # of the softmax over the batch
-    distance:str='cosine', normalise:bool=True, # see `PairLoss`
-)->LibraryLoss:
+
+def supcon(
+    in_features: int,
+    taxonomy: Taxonomy,  # D, tree
+    temperature: float = 0.1,  # of the softmax over the batch
+    distance: str = 'cosine',
+    normalise: bool = True,  # see `PairLoss`
+) -> LibraryLoss:
     "Supervised contrastive: cross-entropy of an anchor's positives among all others"
     check_numbers('above 0', temperature=temperature)
-    return LibraryLoss(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), distance, normalise)
+    return LibraryLoss(
+        in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), distance, normalise
+    )
 
 # %% ../nbs/13_pairs.ipynb #2558b291
 class ProxyNCA(PairLoss):
     "One learnt point a class, and a softmax over the distances to them, @eq-proxynca"
+
     takes, alone = 'none', True
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves
-        scale:float=8., # γ; at 1, as first published, unit vectors cannot tell many classes apart
-        distance:str='euclidean', # Euclidean distances are squared
-        normalise:bool=True, # see `PairLoss`
-        init:str='kaiming_normal', # rule that fills the proxies
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves
+        scale: float = 8.0,  # γ; at 1, as first published, unit vectors cannot tell many classes apart
+        distance: str = 'euclidean',  # Euclidean distances are squared
+        normalise: bool = True,  # see `PairLoss`
+        init: str = 'kaiming_normal',  # rule that fills the proxies
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
-        if not scale > 0: raise HiermetricError(f"The scale must be a positive number, not {scale}.")
+        if not scale > 0:
+            raise HiermetricError(f"The scale must be a positive number, not {scale}.")
         self.scale, self.proxies = scale, prototypes(taxonomy.n_leaves, in_features, init)
 
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         p = self.represent(self.proxies.to(x.dtype))
-        column, start, stop = (self.taxonomy.tensor(k, x.device)[targets, None] for k in ('leaf_column', 'leaf_start', 'leaf_stop'))
+        column, start, stop = (
+            self.taxonomy.tensor(k, x.device)[targets, None] for k in ('leaf_column', 'leaf_start', 'leaf_stop')
+        )
         j = torch.arange(len(p), device=x.device)
-        return label_nll(-self.scale*_offsets(x, p, self.distance), column[:, 0], (j >= start) & (j < stop)).mean()
+        return label_nll(-self.scale * _offsets(x, p, self.distance), column[:, 0], (j >= start) & (j < stop)).mean()
 
 # %% ../nbs/13_pairs.ipynb #428cf862
-def _offsets(x:Tensor, p:Tensor, distance:str)->Tensor: # (B, L), the smaller the nearer
+def _offsets(x: Tensor, p: Tensor, distance: str) -> Tensor:  # (B, L), the smaller the nearer
     "Cosine or squared Euclidean distances: both are smooth where x meets p"
-    if distance == 'cosine': return 1 - x@p.T
-    centre = p.detach().mean(0); x, p = x - centre, p - centre                        # squares of what is far from 0 are rounded
-    return (x.square().sum(1, keepdim=True) - 2*x@p.T + p.square().sum(1)).clamp_min(0)
+    if distance == 'cosine':
+        return 1 - x @ p.T
+    centre = p.detach().mean(0)
+    x, p = x - centre, p - centre  # squares of what is far from 0 are rounded
+    return (x.square().sum(1, keepdim=True) - 2 * x @ p.T + p.square().sum(1)).clamp_min(0)
 
 # %% ../nbs/13_pairs.ipynb #fd797de3
 class LibraryMiner:
     "A miner of pytorch-metric-learning on labels at any node"
-    plain:bool = True # positives are the same leaf, negatives different ones
-    def __init__(self,
-        taxonomy:Taxonomy, # that labels belong to
-        miner:Callable, # of pytorch-metric-learning
-    ): self.taxonomy, self.miner = taxonomy, miner
 
-    def __call__(self,
-        x:Tensor, # (B, D) as the loss compares them
-        targets:Tensor, # (B,) node ids
-    )->tuple[Tensor, ...]: # three or four index tensors
+    plain: bool = True  # positives are the same leaf, negatives different ones
+
+    def __init__(
+        self,
+        taxonomy: Taxonomy,  # that labels belong to
+        miner: Callable,  # of pytorch-metric-learning
+    ):
+        self.taxonomy, self.miner = taxonomy, miner
+
+    def __call__(
+        self,
+        x: Tensor,  # (B, D) as the loss compares them
+        targets: Tensor,  # (B,) node ids
+    ) -> tuple[Tensor, ...]:  # three or four index tensors
         check_labels(targets, self.taxonomy, len(x))
         labels, all_known = leaf_labels(targets, self.taxonomy)
         found = self.miner(x, labels)
-        if all_known: return found
+        if all_known:
+            return found
         a, n = found[-2] if len(found) == 4 else found[0], found[-1]
         keep = relation(targets, targets, self.taxonomy)[1][a, n]
         return (*found[:2], a[keep], n[keep]) if len(found) == 4 else tuple(o[keep] for o in found)
 
 # %% ../nbs/13_pairs.ipynb #705b9334
-def epshn(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
-)->LibraryMiner:
+def epshn(
+    taxonomy: Taxonomy,
+    distance: str = 'cosine',  # tree; of the loss
+) -> LibraryMiner:
     "Easy positive, semi-hard negative: the nearest of the own class, and the nearest other that is farther than it"
     return LibraryMiner(taxonomy, pml_miners.BatchEasyHardMiner(distance=_Distance(distance)))
 
-def hard(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
-)->LibraryMiner:
+
+def hard(
+    taxonomy: Taxonomy,
+    distance: str = 'cosine',  # tree; of the loss
+) -> LibraryMiner:
     "The farthest of the own class and the nearest other"
     return LibraryMiner(taxonomy, pml_miners.BatchHardMiner(distance=_Distance(distance)))
 
-def semi_hard(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
-    margin:float=0.2, # how much farther than the positive a negative may be
-)->LibraryMiner:
+
+def semi_hard(
+    taxonomy: Taxonomy,
+    distance: str = 'cosine',  # tree; of the loss
+    margin: float = 0.2,  # how much farther than the positive a negative may be
+) -> LibraryMiner:
     "All triplets whose negative is farther than the positive, but by less than the margin"
     check_numbers('above 0', margin=margin)
-    return LibraryMiner(taxonomy, pml_miners.TripletMarginMiner(margin, type_of_triplets='semihard', distance=_Distance(distance)))
+    return LibraryMiner(
+        taxonomy, pml_miners.TripletMarginMiner(margin, type_of_triplets='semihard', distance=_Distance(distance))
+    )
 
-def multi_similarity_pairs(taxonomy:Taxonomy, distance:str='cosine', # tree; of the loss
-    epsilon:float=0.1, # how far on the right side a pair may be and still count
-)->LibraryMiner:
+
+def multi_similarity_pairs(
+    taxonomy: Taxonomy,
+    distance: str = 'cosine',  # tree; of the loss
+    epsilon: float = 0.1,  # how far on the right side a pair may be and still count
+) -> LibraryMiner:
     "Negatives nearer than the farthest positive, positives farther than the nearest negative"
     check_numbers('at least 0', epsilon=epsilon)
     return LibraryMiner(taxonomy, pml_miners.MultiSimilarityMiner(epsilon, distance=_Distance(distance)))
 
-def distance_weighted(taxonomy:Taxonomy, distance:str='cosine', # tree; not looked at: it draws by the angle
-    cutoff:float=0.5, # Euclidean distances on the sphere are no smaller than this
-    far:float=1.4, # and negatives no farther than this
-)->LibraryMiner:
+
+def distance_weighted(
+    taxonomy: Taxonomy,
+    distance: str = 'cosine',  # tree; not looked at: it draws by the angle
+    cutoff: float = 0.5,  # Euclidean distances on the sphere are no smaller than this
+    far: float = 1.4,  # and negatives no farther than this
+) -> LibraryMiner:
     "Negatives at all distances alike: drawn by one over the density of distances on the sphere"
-    check_numbers('above 0 and below 2', cutoff=cutoff); check_numbers('above 0', far=far)
+    check_numbers('above 0 and below 2', cutoff=cutoff)
+    check_numbers('above 0', far=far)
     return LibraryMiner(taxonomy, pml_miners.DistanceWeightedMiner(cutoff, far))
 
 # %% ../nbs/13_pairs.ipynb #ab7b4bff
 class RandomTriplets:
     "Triplets at random, `k` an anchor"
-    def __init__(self,
-        taxonomy:Taxonomy, # that labels belong to
-        distance:str='cosine', # not looked at
-        k:int=8, # an anchor
-        intra:bool=False, # all three of one leaf
+
+    def __init__(
+        self,
+        taxonomy: Taxonomy,  # that labels belong to
+        distance: str = 'cosine',  # not looked at
+        k: int = 8,  # an anchor
+        intra: bool = False,  # all three of one leaf
     ):
-        if k < 1: raise HiermetricError(f"An anchor needs at least one triplet, not k={k}.")
+        if k < 1:
+            raise HiermetricError(f"An anchor needs at least one triplet, not k={k}.")
         self.taxonomy, self.k, self.intra, self.plain = taxonomy, k, intra, not intra
 
-    def __call__(self, x:Tensor, targets:Tensor)->tuple[Tensor, Tensor, Tensor]: # as `LibraryMiner`
+    def __call__(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # as `LibraryMiner`
         check_labels(targets, self.taxonomy, len(x))
         same, different = relation(targets, targets, self.taxonomy)
         same.fill_diagonal_(False)
         a, p = draw(same, self.k, None if self.intra else different)
-        if not self.intra: return a, p, draw(different, self.k, same)[1]
-        others = same[a].scatter(1, p[:, None], False)   # the anchor's class without the positive
+        if not self.intra:
+            return a, p, draw(different, self.k, same)[1]
+        others = same[a].scatter(1, p[:, None], False)  # the anchor's class without the positive
         i, n = draw(others, 1)
         return a[i], p[i], n
 
 # %% ../nbs/13_pairs.ipynb #63fed223
 def draw(
-    mask:Tensor, # (B, R) bool, what may be drawn
-    k:int, # how many a row, with replacement
-    also:Tensor|None=None, # (B, R) bool; rows that are empty here are left out, too
-)->tuple[Tensor, Tensor]: # rows, each k times, and what was drawn for them; rows without choice are left out
+    mask: Tensor,  # (B, R) bool, what may be drawn
+    k: int,  # how many a row, with replacement
+    also: Tensor | None = None,  # (B, R) bool; rows that are empty here are left out, too
+) -> tuple[Tensor, Tensor]:  # rows, each k times, and what was drawn for them; rows without choice are left out
     "Columns at random from each row, by torch's generator"
     rows = (mask.any(1) if also is None else mask.any(1) & also.any(1)).nonzero()[:, 0]
-    if not len(rows): return rows, rows
+    if not len(rows):
+        return rows, rows
     return rows.repeat_interleave(k), torch.multinomial(mask[rows].float(), k, replacement=True).flatten()
 
 # %% ../nbs/13_pairs.ipynb #292ee17a
-def intra_class(taxonomy:Taxonomy, distance:str='cosine', # tree; not looked at
-    k:int=8, # triplets an anchor
-)->RandomTriplets:
+def intra_class(
+    taxonomy: Taxonomy,
+    distance: str = 'cosine',  # tree; not looked at
+    k: int = 8,  # triplets an anchor
+) -> RandomTriplets:
     "Random triplets inside a class"
     return RandomTriplets(taxonomy, distance, k, intra=True)
 
 # %% ../nbs/13_pairs.ipynb #6f707f36
 GRADES = ('information', 'height')
 
+
 def grades(
-    u:Tensor, # (B,) node ids, or (B, C) multi-hot
-    v:Tensor, # (R,) node ids, or (R, C) multi-hot
-    taxonomy:Taxonomy, # that node ids belong to
-    by:str='information', # one of `GRADES`; sets of labels are graded by their overlap
-)->tuple[Tensor, Tensor]: # (B, R) twice, float32: at least, and at most, in [0, 1]
+    u: Tensor,  # (B,) node ids, or (B, C) multi-hot
+    v: Tensor,  # (R,) node ids, or (R, C) multi-hot
+    taxonomy: Taxonomy,  # that node ids belong to
+    by: str = 'information',  # one of `GRADES`; sets of labels are graded by their overlap
+) -> tuple[Tensor, Tensor]:  # (B, R) twice, float32: at least, and at most, in [0, 1]
     "How much the labels of each pair share, @eq-grade"
-    if u.ndim == 2: return (overlap(u, v),)*2
-    if choice('grade', by, GRADES) == 'height': value = 1 - taxonomy.tensor('heights', u.device)/max(taxonomy.height, 1)
-    else: value = taxonomy.tensor('information', u.device)/max(math.log2(taxonomy.n_leaves), 1e-9)
+    if u.ndim == 2:
+        return (overlap(u, v),) * 2
+    if choice('grade', by, GRADES) == 'height':
+        value = 1 - taxonomy.tensor('heights', u.device) / max(taxonomy.height, 1)
+    else:
+        value = taxonomy.tensor('information', u.device) / max(math.log2(taxonomy.n_leaves), 1e-9)
     at_least = value.float()[taxonomy.lca(u[:, None], v[None])]
-    return at_least, torch.where(relation(u, v, taxonomy)[1], at_least, 1.)
+    return at_least, torch.where(relation(u, v, taxonomy)[1], at_least, 1.0)
+
 
 def overlap(
-    a:Tensor, # (B, C) multi-hot
-    b:Tensor, # (R, C) multi-hot
-)->Tensor: # (B, R) float32
+    a: Tensor,  # (B, C) multi-hot
+    b: Tensor,  # (R, C) multi-hot
+) -> Tensor:  # (B, R) float32
     "Labels that two images share, among all that they have; 0 where both have none"
     a, b = a.float(), b.float()
-    both = a@b.T
-    return both/(a.sum(1)[:, None] + b.sum(1) - both).clamp_min(1e-9)
+    both = a @ b.T
+    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp_min(1e-9)
 
 # %% ../nbs/13_pairs.ipynb #f395d62c
 class TreeTriplet(PairLoss):
     "Triplets ordered by the tree, with margins that follow it, @eq-treetriplet"
+
     multi_label = True
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes
-        margin:float=0.1, # m, of a pair that shares everything against one that shares nothing
-        by:str='information', # one of `GRADES`
-        distance:str='euclidean', normalise:bool=True, # see `PairLoss`
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # tree over the N nodes
+        margin: float = 0.1,  # m, of a pair that shares everything against one that shares nothing
+        by: str = 'information',  # one of `GRADES`
+        distance: str = 'euclidean',
+        normalise: bool = True,  # see `PairLoss`
     ):
-        super().__init__(in_features, taxonomy, distance, normalise); check_numbers('at least 0', margin=margin)
+        super().__init__(in_features, taxonomy, distance, normalise)
+        check_numbers('at least 0', margin=margin)
         self.margin, self.by = margin, choice('grade', by, GRADES)
 
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         low, high = grades(targets, targets, self.taxonomy, self.by)
         d = distances(x, x, self.distance)
-        pull, push, low = d + self.margin*low, d + self.margin*high, low.clone().fill_diagonal_(-1)   # nobody is his own positive
-        if found is None: v, ok = pull[:, :, None] - push[:, None], low[:, :, None] > high[:, None]
+        pull, push, low = (
+            d + self.margin * low,
+            d + self.margin * high,
+            low.clone().fill_diagonal_(-1),
+        )  # nobody is his own positive
+        if found is None:
+            v, ok = pull[:, :, None] - push[:, None], low[:, :, None] > high[:, None]
         else:
             a, p, n = as_triplets(found)
             v, ok = pull[a, p] - push[a, n], low[a, p] > high[a, n]
-        return mean_above_zero(v*ok)
+        return mean_above_zero(v * ok)
 
 # %% ../nbs/13_pairs.ipynb #7f912f8b
 def as_triplets(
-    found:tuple[Tensor, ...], # of a miner
-)->tuple[Tensor, Tensor, Tensor]: # anchors, positives, negatives
+    found: tuple[Tensor, ...],  # of a miner
+) -> tuple[Tensor, Tensor, Tensor]:  # anchors, positives, negatives
     "Pairs with a common anchor become triplets"
     return pml_pairs.convert_to_triplets(found, None)
 
-def mean_above_zero(v:Tensor)->Tensor: return v.clamp_min(0).sum()/(v > 0).sum().clamp_min(1)   # scalar; 0 where nothing is
+
+def mean_above_zero(v: Tensor) -> Tensor:
+    return v.clamp_min(0).sum() / (v > 0).sum().clamp_min(1)  # scalar; 0 where nothing is
 
 # %% ../nbs/13_pairs.ipynb #eb849ce0
 class TreeMargin(PairLoss):
     "The margin loss with a distance for every grade, @eq-treemargin"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes
-        margin:float=0.2, # m, on either side of the bound
-        beta:float|None=None, # bound to begin with; None: 1.2, or the same angle as a cosine distance
-        by:str='information', # one of `GRADES`
-        distance:str='euclidean', normalise:bool=True, # see `PairLoss`
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # tree over the N nodes
+        margin: float = 0.2,  # m, on either side of the bound
+        beta: float | None = None,  # bound to begin with; None: 1.2, or the same angle as a cosine distance
+        by: str = 'information',  # one of `GRADES`
+        distance: str = 'euclidean',
+        normalise: bool = True,  # see `PairLoss`
     ):
-        super().__init__(in_features, taxonomy, distance, normalise); check_numbers('at least 0', margin=margin, beta=beta)
+        super().__init__(in_features, taxonomy, distance, normalise)
+        check_numbers('at least 0', margin=margin, beta=beta)
         self.margin, self.by = margin, choice('grade', by, GRADES)
         self.beta = nn.Parameter(torch.full((len(taxonomy),), first_bound(distance) if beta is None else float(beta)))
 
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         low, high = grades(targets, targets, self.taxonomy, self.by)
         d, beta = distances(x, x, self.distance), self.beta.to(x.dtype)[targets, None]
-        far, near = (d - beta - self.margin*(1 - 2*low)).clamp_min(0), (beta + self.margin*(1 - 2*high) - d).clamp_min(0)
+        far = (d - beta - self.margin * (1 - 2 * low)).clamp_min(0)
+        near = (beta + self.margin * (1 - 2 * high) - d).clamp_min(0)
         low = low.fill_diagonal_(-1)
-        if found is None: n_far, n_near = triplet_counts(low, high)
+        if found is None:
+            n_far, n_near = triplet_counts(low, high)
         else:
-            a, p, n = as_triplets(found); ok = (low[a, p] > high[a, n]).to(d.dtype)
+            a, p, n = as_triplets(found)
+            ok = (low[a, p] > high[a, n]).to(d.dtype)
             n_far, n_near = (torch.zeros_like(d).index_put_((a, o), ok, accumulate=True) for o in (p, n))
-        return ((n_far*far).sum() + (n_near*near).sum())/((n_far*(far > 0)).sum() + (n_near*(near > 0)).sum()).clamp_min(1)
+        return ((n_far * far).sum() + (n_near * near).sum()) / (
+            (n_far * (far > 0)).sum() + (n_near * (near > 0)).sum()
+        ).clamp_min(1)
 
 # %% ../nbs/13_pairs.ipynb #9519f54b
 def triplet_counts(
-    low:Tensor, # (B, B), −1 on the diagonal
-    high:Tensor, # (B, B)
-)->tuple[Tensor, Tensor]: # (B, B) how many triplets a pair is the positive of, and of how many the negative
-    "How often each pair occurs among all triplets with a lower grade of the positive above the upper grade of the negative"
+    low: Tensor,  # (B, B), −1 on the diagonal
+    high: Tensor,  # (B, B)
+) -> tuple[Tensor, Tensor]:  # (B, B) how many triplets a pair is the positive of, and of how many the negative
+    """How often each pair occurs among all triplets with a lower grade of the positive above the upper grade of the
+    negative"""
     positive = torch.searchsorted(high.sort(1).values, low.contiguous())
     negative = low.shape[1] - torch.searchsorted(low.sort(1).values, high.contiguous(), right=True)
     return positive.to(low.dtype), negative.to(low.dtype)
@@ -413,69 +559,82 @@ def triplet_counts(
 # %% ../nbs/13_pairs.ipynb #f48265ce
 class TreeSupCon(PairLoss):
     "Supervised contrastive with shares that follow the tree, @eq-treesupcon"
+
     multi_label = True
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes
-        temperature:float=0.1, # τ
-        power:float=4., # κ: how fast kinship fades
-        by:str='information', # one of `GRADES`
-        distance:str='cosine', normalise:bool=True, # see `PairLoss`
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # tree over the N nodes
+        temperature: float = 0.1,  # τ
+        power: float = 4.0,  # κ: how fast kinship fades
+        by: str = 'information',  # one of `GRADES`
+        distance: str = 'cosine',
+        normalise: bool = True,  # see `PairLoss`
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
         check_numbers('above 0', temperature=temperature, power=power)
         self.temperature, self.power, self.by = temperature, power, choice('grade', by, GRADES)
 
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         low, high = grades(targets, targets, self.taxonomy, self.by)
         known = chosen(low == high, found).fill_diagonal_(False)
-        w = low.pow(self.power)*known
-        z = (-distances(x, x, self.distance)/self.temperature).masked_fill(~known, -math.inf)
-        teaches = (w.amax(1) > low.masked_fill(~known, 1).amin(1).pow(self.power))
-        log_p = z - torch.where(known.any(1, keepdim=True), z, 0.).logsumexp(1, keepdim=True)
-        each = -(w*torch.where(known, log_p, 0.)).sum(1)/w.sum(1).clamp_min(torch.finfo(w.dtype).tiny)
-        return mean_above_zero(each*teaches)
+        w = low.pow(self.power) * known
+        z = (-distances(x, x, self.distance) / self.temperature).masked_fill(~known, -math.inf)
+        teaches = w.amax(1) > low.masked_fill(~known, 1).amin(1).pow(self.power)
+        log_p = z - torch.where(known.any(1, keepdim=True), z, 0.0).logsumexp(1, keepdim=True)
+        each = -(w * torch.where(known, log_p, 0.0)).sum(1) / w.sum(1).clamp_min(torch.finfo(w.dtype).tiny)
+        return mean_above_zero(each * teaches)
 
 # %% ../nbs/13_pairs.ipynb #4d2c9007
 def chosen(
-    mask:Tensor, # (B, B) bool, pairs
-    found:tuple[Tensor, ...]|None, # of a miner; None: all
-)->Tensor: # (B, B) bool, a copy
+    mask: Tensor,  # (B, B) bool, pairs
+    found: tuple[Tensor, ...] | None,  # of a miner; None: all
+) -> Tensor:  # (B, B) bool, a copy
     "Those of the pairs that a miner found"
-    if found is None: return mask.clone()
+    if found is None:
+        return mask.clone()
     a, p, b, n = pml_pairs.convert_to_pairs(found, None)
-    out = torch.zeros_like(mask); out[a, p] = True; out[b, n] = True
+    out = torch.zeros_like(mask)
+    out[a, p] = True
+    out[b, n] = True
     return out & mask
 
 # %% ../nbs/13_pairs.ipynb #2ff542d6
 class TreeTriplets:
     "Easy positive, semi-hard negative at every ancestor"
-    plain:bool = False # a positive is only nearer in the tree than the negative
-    def __init__(self,
-        taxonomy:Taxonomy, # tree of height H
-        distance:str='cosine', # of the loss
-    ): self.taxonomy, self.distance = taxonomy, distance
+
+    plain: bool = False  # a positive is only nearer in the tree than the negative
+
+    def __init__(
+        self,
+        taxonomy: Taxonomy,  # tree of height H
+        distance: str = 'cosine',  # of the loss
+    ):
+        self.taxonomy, self.distance = taxonomy, distance
 
     @torch.no_grad()
-    def __call__(self, x:Tensor, targets:Tensor)->tuple[Tensor, Tensor, Tensor]: # as `LibraryMiner`
+    def __call__(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # as `LibraryMiner`
         check_labels(targets, self.taxonomy, len(x))
         B, H = len(x), self.taxonomy.height
-        if not B or not H: return (targets.new_zeros(0),)*3
-        d, different = distances(x, x, self.distance).fill_diagonal_(math.inf), relation(targets, targets, self.taxonomy)[1]
+        if not B or not H:
+            return (targets.new_zeros(0),) * 3
+        d = distances(x, x, self.distance).fill_diagonal_(math.inf)
+        different = relation(targets, targets, self.taxonomy)[1]
         level = self.taxonomy.tensor('depths', x.device)[self.taxonomy.lca(targets[:, None], targets[None])]
         near, p = nearest_at(d, level, H + 1)
-        near, p = near[:, 1:], p[:, 1:]   # (B, H); meeting in the root only is no kinship
+        near, p = near[:, 1:], p[:, 1:]  # (B, H); meeting in the root only is no kinship
         higher = torch.where(different, level, H + 1)[:, None] < torch.arange(1, H + 1, device=x.device)[None, :, None]
-        far, n = torch.where(higher & (d[:, None] > near[..., None]), d[:, None], math.inf).min(2)   # (B, H, B)
+        far, n = torch.where(higher & (d[:, None] > near[..., None]), d[:, None], math.inf).min(2)  # (B, H, B)
         a, k = (near.isfinite() & far.isfinite()).nonzero(as_tuple=True)
         return a, p[a, k], n[a, k]
 
 # %% ../nbs/13_pairs.ipynb #f5254479
 def nearest_at(
-    d:Tensor, # (B, R) distances, ∞ where there is no pair
-    level:Tensor, # (B, R) int64 in 0 … K−1
-    K:int, # levels
-)->tuple[Tensor, Tensor]: # (B, K) distance of the nearest at each level, ∞ where there is none, and its column
+    d: Tensor,  # (B, R) distances, ∞ where there is no pair
+    level: Tensor,  # (B, R) int64 in 0 … K−1
+    K: int,  # levels
+) -> tuple[Tensor, Tensor]:  # (B, K) distance of the nearest at each level, ∞ where there is none, and its column
     "The nearest of each row, level by level, without a loop over levels"
     near = d.new_full((len(d), K), math.inf).scatter_reduce(1, level, d, 'amin')
     column = torch.where(d == near.gather(1, level), torch.arange(d.shape[1], device=d.device), d.shape[1] - 1)
@@ -484,159 +643,224 @@ def nearest_at(
 # %% ../nbs/13_pairs.ipynb #5571d4bc
 class BoostedDeviance(PairLoss):
     "Binomial deviance on parts of the embedding that boost each other, @eq-bier"
+
     multi_label = True
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes
-        sizes:Sequence[int]|None=None, # of the M parts, sum D; None: three, as 3 : 5 : 8
-        alpha:float=2., beta:float=0.5, cost:float=25., # α and β of the deviance; c, how much more a negative counts
-        decorrelate:float=0., # how strongly the parts are driven apart, see `Decorrelation`; 0: not
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # tree over the N nodes
+        sizes: Sequence[int] | None = None,  # of the M parts, sum D; None: three, as 3 : 5 : 8
+        alpha: float = 2.0,
+        beta: float = 0.5,
+        cost: float = 25.0,  # α and β of the deviance; c, how much more a negative counts
+        decorrelate: float = 0.0,  # how strongly the parts are driven apart, see `Decorrelation`; 0: not
     ):
-        super().__init__(in_features, taxonomy, 'cosine'); check_numbers('above 0', alpha=alpha, cost=cost); check_numbers('at least 0', decorrelate=decorrelate)
-        if sizes is None: sizes = [in_features*3//16, in_features*5//16]; sizes.append(in_features - sum(sizes))
-        if sum(sizes) != in_features or min(sizes) < 1: raise HiermetricError(f"The parts {list(sizes)} do not make up {in_features} features; each must be at least 1, and their sum {in_features}.")
+        super().__init__(in_features, taxonomy, 'cosine')
+        check_numbers('above 0', alpha=alpha, cost=cost)
+        check_numbers('at least 0', decorrelate=decorrelate)
+        if sizes is None:
+            sizes = [in_features * 3 // 16, in_features * 5 // 16]
+            sizes.append(in_features - sum(sizes))
+        if sum(sizes) != in_features or min(sizes) < 1:
+            raise HiermetricError(
+                f"The parts {list(sizes)} do not make up {in_features} features; each must be at least 1, and "
+                f"their sum {in_features}."
+            )
         self.sizes, self.alpha, self.beta, self.cost, self.decorrelate = list(sizes), alpha, beta, cost, decorrelate
-        eta = 2/(torch.arange(len(sizes)) + 2.)
-        self.register_buffer('share', eta*torch.cat([(1 - eta).flip(0).cumprod(0).flip(0)[1:], torch.ones(1)]), persistent=False)
+        eta = 2 / (torch.arange(len(sizes)) + 2.0)
+        self.register_buffer(
+            'share', eta * torch.cat([(1 - eta).flip(0).cumprod(0).flip(0)[1:], torch.ones(1)]), persistent=False
+        )
         self.separate = Decorrelation(self.sizes) if decorrelate else None
 
-    def represent(self, emb:Tensor)->Tensor:
-        return torch.cat([unit(o)*a for o, a in zip(emb.split(self.sizes, 1), self.share.to(emb.dtype).sqrt())], 1)
+    def represent(self, emb: Tensor) -> Tensor:
+        return torch.cat([unit(o) * a for o, a in zip(emb.split(self.sizes, 1), self.share.to(emb.dtype).sqrt())], 1)
 
 # %% ../nbs/13_pairs.ipynb #bd9a33d1
 @patch
-def between(self:BoostedDeviance, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+def between(self: BoostedDeviance, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
     positive, negative = same_and_different(targets, self.taxonomy)
     positive, negative = chosen(positive, found).fill_diagonal_(False), chosen(negative, found)
-    pairs = positive/positive.sum().clamp_min(1) + negative/negative.sum().clamp_min(1)
-    y, w, s, parts = torch.where(negative, -self.cost, 1.), 1., 0., [unit(o) for o in x.split(self.sizes, 1)]
-    loss = x.sum()*0
+    pairs = positive / positive.sum().clamp_min(1) + negative / negative.sum().clamp_min(1)
+    y, w, s, parts = torch.where(negative, -self.cost, 1.0), 1.0, 0.0, [unit(o) for o in x.split(self.sizes, 1)]
+    loss = x.sum() * 0
     for k, part in enumerate(parts):
-        own, eta = part@part.T, 2/(k + 2)
-        loss = loss + (pairs*w*F.softplus(-self.alpha*y*(own - self.beta))).sum()
-        s = (1 - eta)*s + eta*own.detach()
-        w = torch.sigmoid(-self.alpha*y*(s - self.beta))
-    return loss/len(parts) + (self.decorrelate*self.separate(parts) if self.separate is not None else 0.)
+        own, eta = part @ part.T, 2 / (k + 2)
+        loss = loss + (pairs * w * F.softplus(-self.alpha * y * (own - self.beta))).sum()
+        s = (1 - eta) * s + eta * own.detach()
+        w = torch.sigmoid(-self.alpha * y * (s - self.beta))
+    return loss / len(parts) + (self.decorrelate * self.separate(parts) if self.separate is not None else 0.0)
 
 # %% ../nbs/13_pairs.ipynb #daa8f63e
 def same_and_different(
-    targets:Tensor, # (B,) node ids, or (B, C) multi-hot
-    taxonomy:Taxonomy, # that node ids belong to
-)->tuple[Tensor, Tensor]: # (B, B) bool twice, see `relation`
+    targets: Tensor,  # (B,) node ids, or (B, C) multi-hot
+    taxonomy: Taxonomy,  # that node ids belong to
+) -> tuple[Tensor, Tensor]:  # (B, B) bool twice, see `relation`
     "Pairs that are surely the same and surely different; sets of labels are the same where they meet"
-    if targets.ndim == 1: return relation(targets, targets, taxonomy)
+    if targets.ndim == 1:
+        return relation(targets, targets, taxonomy)
     meet = overlap(targets, targets) > 0
     return meet, ~meet
 
 # %% ../nbs/13_pairs.ipynb #ac47d302
 class _Reverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x:Tensor)->Tensor: return x.view_as(x)
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
     @staticmethod
-    def backward(ctx, grad:Tensor)->Tensor: return -grad
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return -grad
+
 
 def reverse_gradient(
-    x:Tensor, # of any shape
-)->Tensor: # the same
+    x: Tensor,  # of any shape
+) -> Tensor:  # the same
     "The same forwards, the opposite backwards"
     return _Reverse.apply(x)
 
+
 def in_own_type(
-    net:nn.Module, # with weights of any number type
-    x:Tensor, # of another
-)->Tensor: # in the type of `x`
+    net: nn.Module,  # with weights of any number type
+    x: Tensor,  # of another
+) -> Tensor:  # in the type of `x`
     "What a network says, asked in the type of its weights"
     return net(x.to(next(net.parameters()).dtype)).to(x.dtype)
 
+
 class Decorrelation(nn.Module):
-    "How well networks predict parts of an embedding from each other; the parts are trained to make it hard, @eq-decorrelation"
-    def __init__(self,
-        sizes:Sequence[int], # D of each part
-        hidden:int=512, # units of each network
+    """How well networks predict parts of an embedding from each other; the parts are trained to make it hard,
+    @eq-decorrelation"""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],  # D of each part
+        hidden: int = 512,  # units of each network
     ):
         super().__init__()
         self.pairs = [(i, j) for j in range(len(sizes)) for i in range(j)]
-        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(sizes[i], hidden), nn.ReLU(), nn.Linear(hidden, sizes[j])) for i, j in self.pairs)
+        self.nets = nn.ModuleList(
+            nn.Sequential(nn.Linear(sizes[i], hidden), nn.ReLU(), nn.Linear(hidden, sizes[j])) for i, j in self.pairs
+        )
 
-    def forward(self,
-        parts:Sequence[Tensor], # each (B, D_i)
-    )->Tensor: # scalar, at most 0
+    def forward(
+        self,
+        parts: Sequence[Tensor],  # each (B, D_i)
+    ) -> Tensor:  # scalar, at most 0
         x = [reverse_gradient(unit(o)) for o in parts]
-        return -sum((x[j]*unit(in_own_type(net, x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets))/max(len(x[0]), 1)
+        return -sum(
+            (x[j] * unit(in_own_type(net, x[i]))).square().mean(1).sum() for (i, j), net in zip(self.pairs, self.nets)
+        ) / max(len(x[0]), 1)
 
 # %% ../nbs/13_pairs.ipynb #552062b9
 class NeighbourNCA(PairLoss):
     "Soft nearest neighbours among all training images, from memory, @eq-snca"
+
     multi_label, takes = True, 'none'
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # tree over the N nodes
-        temperature:float=0.05, # τ
-        momentum:float=0.5, # μ: what stays of the remembered embedding
-        graded:bool=False, # kinship counts, by its grade
-        by:str='information', # one of `GRADES`
-        power:float=4., # the grade is raised to it
-        distance:str='cosine', normalise:bool=True, # see `PairLoss`
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # tree over the N nodes
+        temperature: float = 0.05,  # τ
+        momentum: float = 0.5,  # μ: what stays of the remembered embedding
+        graded: bool = False,  # kinship counts, by its grade
+        by: str = 'information',  # one of `GRADES`
+        power: float = 4.0,  # the grade is raised to it
+        distance: str = 'cosine',
+        normalise: bool = True,  # see `PairLoss`
     ):
         super().__init__(in_features, taxonomy, distance, normalise)
         check_numbers('above 0', temperature=temperature, power=power)
-        if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
-        self.temperature, self.momentum, self.graded, self.by, self.power = temperature, momentum, graded, choice('grade', by, GRADES), power
-        self.register_buffer('memory', torch.zeros(0, in_features)); self.register_buffer('known', torch.zeros(0, dtype=torch.bool))
-        self.register_buffer('kinds', torch.zeros(0, dtype=torch.int64)); self.register_buffer('kind', torch.zeros(0, dtype=torch.int64))
+        if not 0 <= momentum < 1:
+            raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
+        self.temperature = temperature
+        self.momentum = momentum
+        self.graded = graded
+        self.by = choice('grade', by, GRADES)
+        self.power = power
+        self.register_buffer('memory', torch.zeros(0, in_features))
+        self.register_buffer('known', torch.zeros(0, dtype=torch.bool))
+        self.register_buffer('kinds', torch.zeros(0, dtype=torch.int64))
+        self.register_buffer('kind', torch.zeros(0, dtype=torch.int64))
 
-    def prepare(self, targets:Tensor)->None: # (n,) node ids, or (n, C) multi-hot
+    def prepare(self, targets: Tensor) -> None:  # (n,) node ids, or (n, C) multi-hot
         check_labels(targets, self.taxonomy, len(targets), True)
-        self.memory, self.known = self.memory.new_zeros(len(targets), self.in_features), torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
-        self.kinds, self.kind = targets.unique(dim=0, return_inverse=True)   # labels that occur, and which of them an image has
+        self.memory = self.memory.new_zeros(len(targets), self.in_features)
+        self.known = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+        self.kinds, self.kind = targets.unique(
+            dim=0, return_inverse=True
+        )  # labels that occur, and which of them an image has
 
-    def conclude(self)->None: self.prepare(self.kinds[:0])
+    def conclude(self) -> None:
+        self.prepare(self.kinds[:0])
 
-    def _load_from_state_dict(self, state:dict, prefix:str, *args)->None:
-        for k in ('memory', 'known', 'kinds', 'kind'):   # as long as what was saved
-            if (o := state.get(prefix + k)) is not None: setattr(self, k, torch.empty_like(o, device=getattr(self, k).device))
+    def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
+        for k in ('memory', 'known', 'kinds', 'kind'):  # as long as what was saved
+            if (o := state.get(prefix + k)) is not None:
+                setattr(self, k, torch.empty_like(o, device=getattr(self, k).device))
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../nbs/13_pairs.ipynb #08be213f
 @patch
-def remember(self:NeighbourNCA,
-    x:Tensor, # (B, D)
-    rows:Tensor, # (B,) of the training split; the mean counts where one comes twice
-)->None:
+def remember(
+    self: NeighbourNCA,
+    x: Tensor,  # (B, D)
+    rows: Tensor,  # (B,) of the training split; the mean counts where one comes twice
+) -> None:
     "Write a batch to the memory"
-    if len(rows) and rows.device.type == 'cpu' and int(rows.max()) >= len(self.memory): raise HiermetricError(f"The memory holds {len(self.memory)} images and is asked for row {int(rows.max())}; call prepare with the labels of the whole training split.")
+    if len(rows) and rows.device.type == 'cpu' and int(rows.max()) >= len(self.memory):
+        raise HiermetricError(
+            f"The memory holds {len(self.memory)} images and is asked for row {int(rows.max())}; call prepare "
+            "with the labels of the whole training split."
+        )
     rows, back = rows.unique(return_inverse=True)
-    x = x.new_zeros(len(rows), x.shape[1]).index_add_(0, back, x)/torch.bincount(back, minlength=len(rows))[:, None]
+    x = x.new_zeros(len(rows), x.shape[1]).index_add_(0, back, x) / torch.bincount(back, minlength=len(rows))[:, None]
     old = self.memory[rows].to(x.dtype)
-    new = torch.where(self.known[rows, None], self.momentum*old + (1 - self.momentum)*x, x)
+    new = torch.where(self.known[rows, None], self.momentum * old + (1 - self.momentum) * x, x)
     self.memory[rows], self.known[rows] = self.represent(new).to(self.memory.dtype), True
 
-@patch
-def between(self:NeighbourNCA, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
-    me = torch.arange(len(x), device=x.device)
-    if rows is None: refs, own, there, (kinds, kind) = x, me, torch.ones_like(me, dtype=torch.bool), targets.unique(dim=0, return_inverse=True)
-    else:
-        with torch.no_grad():
-            if self.training: self.remember(x, rows)
-            refs, own, there, kinds, kind = self.memory.to(x.dtype).clone(), rows, self.known, self.kinds, self.kind
-    z = -distances(refs, x, self.distance)/self.temperature   # (R, B)
-    low, top = z.detach().aminmax(dim=0)
-    if float((top - low).max()) > 80: z, top = z.double(), top.double()   # float32 would lose the far ones
-    z[own, me] = -math.inf
-    near = z.new_zeros(len(kinds), len(x)).index_add(0, kind[there], (z if there.all() else z[there]).sub(top).exp()).T   # (B, K)
-    w, known = self.kinship(targets, kinds)
-    others = (torch.bincount(kind[there], minlength=len(kinds)) - F.one_hot(kind[own], len(kinds))*there[own, None]) > 0
-    some, tiny = (known & others & (w > 0)).any(1), torch.finfo(z.dtype).tiny
-    each = (near*known).sum(1).clamp_min(tiny).log() - (near*(w*known)).sum(1).clamp_min(tiny).log()
-    return torch.where(some, each, 0.).sum()/some.sum().clamp_min(1)
 
 @patch
-def kinship(self:NeighbourNCA,
-    targets:Tensor, # (B,) node ids, or (B, C) multi-hot
-    kinds:Tensor, # (K,) or (K, C)
-)->tuple[Tensor, Tensor]: # (B, K) weight of the images with each label, and whether it is known
+def between(self: NeighbourNCA, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
+    me = torch.arange(len(x), device=x.device)
+    if rows is None:
+        refs = x
+        own = me
+        there = torch.ones_like(me, dtype=torch.bool)
+        (kinds, kind) = targets.unique(dim=0, return_inverse=True)
+    else:
+        with torch.no_grad():
+            if self.training:
+                self.remember(x, rows)
+            refs, own, there, kinds, kind = self.memory.to(x.dtype).clone(), rows, self.known, self.kinds, self.kind
+    z = -distances(refs, x, self.distance) / self.temperature  # (R, B)
+    low, top = z.detach().aminmax(dim=0)
+    if float((top - low).max()) > 80:
+        z, top = z.double(), top.double()  # float32 would lose the far ones
+    z[own, me] = -math.inf
+    near = (
+        z.new_zeros(len(kinds), len(x)).index_add(0, kind[there], (z if there.all() else z[there]).sub(top).exp()).T
+    )  # (B, K)
+    w, known = self.kinship(targets, kinds)
+    others = (
+        torch.bincount(kind[there], minlength=len(kinds)) - F.one_hot(kind[own], len(kinds)) * there[own, None]
+    ) > 0
+    some, tiny = (known & others & (w > 0)).any(1), torch.finfo(z.dtype).tiny
+    each = (near * known).sum(1).clamp_min(tiny).log() - (near * (w * known)).sum(1).clamp_min(tiny).log()
+    return torch.where(some, each, 0.0).sum() / some.sum().clamp_min(1)
+
+
+@patch
+def kinship(
+    self: NeighbourNCA,
+    targets: Tensor,  # (B,) node ids, or (B, C) multi-hot
+    kinds: Tensor,  # (K,) or (K, C)
+) -> tuple[Tensor, Tensor]:  # (B, K) weight of the images with each label, and whether it is known
     "What the labels of the memory are to those of the batch"
-    if targets.ndim == 2: return overlap(targets, kinds), torch.ones(len(targets), len(kinds), dtype=torch.bool, device=targets.device)
+    if targets.ndim == 2:
+        return overlap(targets, kinds), torch.ones(len(targets), len(kinds), dtype=torch.bool, device=targets.device)
     if self.graded:
         at_least, at_most = grades(targets, kinds, self.taxonomy, self.by)
         return at_least.pow(self.power), at_least == at_most
@@ -646,59 +870,81 @@ def kinship(self:NeighbourNCA,
 # %% ../nbs/13_pairs.ipynb #3782d501
 @torch.no_grad()
 def follow_slowly(
-    slow:nn.Module, # the copy, changed
-    fast:nn.Module, # what it follows
-    momentum:float, # μ: what stays
-)->None:
+    slow: nn.Module,  # the copy, changed
+    fast: nn.Module,  # what it follows
+    momentum: float,  # μ: what stays
+) -> None:
     "θ' ← μθ' + (1 − μ)θ"
-    for a, b in zip(slow.parameters(), fast.parameters(), strict=True): a.lerp_(b, 1 - momentum)
+    for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
+        a.lerp_(b, 1 - momentum)
+
 
 def two_views(
-    n:int, # B
-    targets:Tensor, # (B,) labels, or (B, C)
-)->int: # B/2
+    n: int,  # B
+    targets: Tensor,  # (B,) labels, or (B, C)
+) -> int:  # B/2
     "Whether a batch holds each image twice, one half after the other; raises `HiermetricError` if not"
-    if n % 2 or targets.device.type == 'cpu' and not torch.equal(targets[:n//2], targets[n//2:]): raise HiermetricError("This loss compares two views of each image, and the batch does not hold every image twice; train with fit(…, views=2).")
-    return n//2
+    if n % 2 or targets.device.type == 'cpu' and not torch.equal(targets[: n // 2], targets[n // 2 :]):
+        raise HiermetricError(
+            "This loss compares two views of each image, and the batch does not hold every image twice; train "
+            "with fit(…, views=2)."
+        )
+    return n // 2
+
 
 class MomentumContrast(PairLoss):
     "Find the own other view among a queue of keys, @eq-moco; labels are not looked at"
+
     multi_label, takes = True, 'none'
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # not looked at
-        queue:int=1024, # K
-        dim:int=128, # of the projection
-        temperature:float=0.2, # τ
-        momentum:float=0.99, # μ of the slow projection
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # not looked at
+        queue: int = 1024,  # K
+        dim: int = 128,  # of the projection
+        temperature: float = 0.2,  # τ
+        momentum: float = 0.99,  # μ of the slow projection
     ):
         super().__init__(in_features, taxonomy, 'cosine')
-        if queue < 1: raise HiermetricError(f"The queue needs room for at least one key, not {queue}.")
-        check_numbers('at least 1', dim=dim); check_numbers('above 0', temperature=temperature); check_numbers('at least 0 and below 1', momentum=momentum)
+        if queue < 1:
+            raise HiermetricError(f"The queue needs room for at least one key, not {queue}.")
+        check_numbers('at least 1', dim=dim)
+        check_numbers('above 0', temperature=temperature)
+        check_numbers('at least 0 and below 1', momentum=momentum)
         self.temperature, self.momentum, self.fast = temperature, momentum, nn.Linear(in_features, dim)
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
         self.register_buffer('queue', unit(torch.randn(queue, dim)))
 
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         h = two_views(len(x), targets)
         q = unit(in_own_type(self.fast, x[:h]))
         with torch.no_grad():
-            if self.training: follow_slowly(self.slow, self.fast, self.momentum)
+            if self.training:
+                follow_slowly(self.slow, self.fast, self.momentum)
             k, before = unit(in_own_type(self.slow, x[h:])), self.queue
-            if self.training: self.queue = torch.cat([before, k.to(before.dtype)])[-len(before):]   # a new tensor: the old one is still needed backwards
-        z = torch.cat([(q*k).sum(1, keepdim=True), q@before.to(q.dtype).T], 1)/self.temperature
+            if self.training:
+                self.queue = torch.cat([before, k.to(before.dtype)])[
+                    -len(before) :
+                ]  # a new tensor: the old one is still needed backwards
+        z = torch.cat([(q * k).sum(1, keepdim=True), q @ before.to(q.dtype).T], 1) / self.temperature
         return F.cross_entropy(z, z.new_zeros(h, dtype=torch.int64))
 
 # %% ../nbs/13_pairs.ipynb #7cfaa51a
 class SimCLR(LibraryLoss):
     "NT-Xent: find the own other view in the batch; labels are not looked at"
+
     multi_label = True
-    def between(self, x:Tensor, targets:Tensor, found:tuple|None, rows:Tensor|None)->Tensor:
+
+    def between(self, x: Tensor, targets: Tensor, found: tuple | None, rows: Tensor | None) -> Tensor:
         return self.loss(x, torch.arange(two_views(len(x), targets), device=x.device).repeat(2))
 
-def simclr(in_features:int, taxonomy:Taxonomy, # D; not looked at
-    temperature:float=0.5, # of the softmax over the batch
-)->SimCLR:
+
+def simclr(
+    in_features: int,
+    taxonomy: Taxonomy,  # D; not looked at
+    temperature: float = 0.5,  # of the softmax over the batch
+) -> SimCLR:
     "NT-Xent over two views"
     check_numbers('above 0', temperature=temperature)
     return SimCLR(in_features, taxonomy, lambda **kw: pml_losses.SupConLoss(temperature, **kw), 'cosine', takes='none')
@@ -706,30 +952,41 @@ def simclr(in_features:int, taxonomy:Taxonomy, # D; not looked at
 # %% ../nbs/13_pairs.ipynb #fe0779a6
 class MultiLabelSemiHard:
     "Semi-hard triplets for labels that are sets, @eq-multilabel"
-    plain:bool = False
-    def __init__(self,
-        taxonomy:Taxonomy, # that node ids belong to; they are graded, too
-        distance:str='cosine', # of the loss
-        margin:float=0.2, # m
-        gap:float=0., # ε, how much more the positive must share
-        by:str='information', # grade of node ids, one of `GRADES`
+
+    plain: bool = False
+
+    def __init__(
+        self,
+        taxonomy: Taxonomy,  # that node ids belong to; they are graded, too
+        distance: str = 'cosine',  # of the loss
+        margin: float = 0.2,  # m
+        gap: float = 0.0,  # ε, how much more the positive must share
+        by: str = 'information',  # grade of node ids, one of `GRADES`
     ):
         check_numbers('at least 0', margin=margin, gap=gap)
-        self.taxonomy, self.distance, self.margin, self.gap, self.by = taxonomy, distance, margin, gap, choice('grade', by, GRADES)
+        self.taxonomy = taxonomy
+        self.distance = distance
+        self.margin = margin
+        self.gap = gap
+        self.by = choice('grade', by, GRADES)
 
     @torch.no_grad()
-    def __call__(self,
-        x:Tensor, # (B, D) as the loss compares them
-        targets:Tensor, # (B, C) multi-hot, or (B,) node ids
-    )->tuple[Tensor, Tensor, Tensor]: # anchors, positives, negatives
+    def __call__(
+        self,
+        x: Tensor,  # (B, D) as the loss compares them
+        targets: Tensor,  # (B, C) multi-hot, or (B,) node ids
+    ) -> tuple[Tensor, Tensor, Tensor]:  # anchors, positives, negatives
         check_labels(targets, self.taxonomy, len(x), True)
         d, (low, high) = distances(x, x, self.distance), grades(targets, targets, self.taxonomy, self.by)
         low = low.clone().fill_diagonal_(-1)
-        farther = d[:, None] - d[:, :, None]   # (B, B, B) of anchor, positive, negative
-        return ((low[:, :, None] > high[:, None] + self.gap) & (farther > 0) & (farther <= self.margin)).nonzero(as_tuple=True)
+        farther = d[:, None] - d[:, :, None]  # (B, B, B) of anchor, positive, negative
+        return ((low[:, :, None] > high[:, None] + self.gap) & (farther > 0) & (farther <= self.margin)).nonzero(
+            as_tuple=True
+        )
 
 # %% ../nbs/13_pairs.ipynb #78827286
-LOSSES = Registry('loss',
+LOSSES = Registry(
+    'loss',
     triplet=('hiermetric.pairs.triplet', 'the positive nearer than the negative, by a margin'),
     contrastive=('hiermetric.pairs.contrastive', 'positives nearer than one bound, negatives farther than another'),
     margin=('hiermetric.pairs.margin', 'a bound a class, learnt, with a margin on either side'),
@@ -742,166 +999,228 @@ LOSSES = Registry('loss',
     boosted=('hiermetric.pairs.BoostedDeviance', 'BIER: binomial deviance, parts of the embedding boost each other'),
     snca=('hiermetric.pairs.NeighbourNCA', 'soft nearest neighbours among all training images, from memory'),
     moco=('hiermetric.pairs.MomentumContrast', 'two views and a queue of slow keys; no labels'),
-    simclr=('hiermetric.pairs.simclr', 'two views against the batch; no labels'))
+    simclr=('hiermetric.pairs.simclr', 'two views against the batch; no labels'),
+)
 
-MINERS = Registry('miner',
+MINERS = Registry(
+    'miner',
     epshn=('hiermetric.pairs.epshn', 'easy positive, semi-hard negative'),
     hard=('hiermetric.pairs.hard', 'the farthest positive, the nearest negative'),
     semi_hard=('hiermetric.pairs.semi_hard', 'negatives a little farther than the positive'),
     distance_weighted=('hiermetric.pairs.distance_weighted', 'negatives at all distances alike'),
     multi_similarity=('hiermetric.pairs.multi_similarity_pairs', 'pairs on the wrong side of the hardest other'),
     tree=('hiermetric.pairs.TreeTriplets', 'easy positive, semi-hard negative at every ancestor'),
-    multi_label=('hiermetric.pairs.MultiLabelSemiHard', 'semi-hard by the overlap of sets of labels, or by the grade in the tree'),
+    multi_label=(
+        'hiermetric.pairs.MultiLabelSemiHard',
+        'semi-hard by the overlap of sets of labels, or by the grade in the tree',
+    ),
     random=('hiermetric.pairs.RandomTriplets', 'triplets at random'),
-    intra_class=('hiermetric.pairs.intra_class', 'random triplets inside a class'))
+    intra_class=('hiermetric.pairs.intra_class', 'random triplets inside a class'),
+)
 
 # %% ../nbs/13_pairs.ipynb #55d31e7c
 def create_loss(
-    name:str, # one of `LOSSES`
-    taxonomy:Taxonomy, # tree over the N nodes
-    in_features:int, # D
-    **kw, # settings of that loss: distance, margin, temperature …
-)->PairLoss:
+    name: str,  # one of `LOSSES`
+    taxonomy: Taxonomy,  # tree over the N nodes
+    in_features: int,  # D
+    **kw,  # settings of that loss: distance, margin, temperature …
+) -> PairLoss:
     "A loss by name"
     return LOSSES.taking(name, kw, given=('in_features', 'taxonomy'))(in_features=in_features, taxonomy=taxonomy, **kw)
 
+
 def create_miner(
-    name:str, # one of `MINERS`
-    taxonomy:Taxonomy, # that labels belong to
-    distance:str='cosine', # of the loss, one of `DISTANCES`
-    **kw, # settings of that miner: margin, k …
-)->Callable: # (x, targets) to index tensors
+    name: str,  # one of `MINERS`
+    taxonomy: Taxonomy,  # that labels belong to
+    distance: str = 'cosine',  # of the loss, one of `DISTANCES`
+    **kw,  # settings of that miner: margin, k …
+) -> Callable:  # (x, targets) to index tensors
     "A miner by name"
-    return MINERS.taking(name, kw, given=('taxonomy', 'distance'))(taxonomy=taxonomy, distance=choice('distance', distance, DISTANCES), **kw)
+    return MINERS.taking(name, kw, given=('taxonomy', 'distance'))(
+        taxonomy=taxonomy, distance=choice('distance', distance, DISTANCES), **kw
+    )
 
 # %% ../nbs/13_pairs.ipynb #21e8ad3a
 class ClassMeans(LeafHead):
-    "Leaves by the means of their images, @eq-means; a subclass defines `represent` and a `loss` that calls `follow` in training"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes
-        dim:int, # D' of `represent`
-        distance:str='cosine', # one of `DISTANCES`
-        momentum:float=0.9, # of the running means: what stays of the old one
+    """Leaves by the means of their images, @eq-means; a subclass defines `represent` and a `loss` that calls `follow`
+    in training"""
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes
+        dim: int,  # D' of `represent`
+        distance: str = 'cosine',  # one of `DISTANCES`
+        momentum: float = 0.9,  # of the running means: what stays of the old one
     ):
         super().__init__(in_features, taxonomy)
-        if not 0 <= momentum < 1: raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
+        if not 0 <= momentum < 1:
+            raise HiermetricError(f"The momentum is a share in [0, 1), not {momentum}.")
         self.distance, self.momentum, self._awaited = distance, momentum, []
         self.register_buffer('weight', torch.zeros(taxonomy.n_leaves, dim))
         self.register_buffer('count', torch.zeros(taxonomy.n_leaves))
-        self.register_buffer('scale', torch.tensor(16. if distance == 'cosine' else 8.))
+        self.register_buffer('scale', torch.tensor(16.0 if distance == 'cosine' else 8.0))
 
-    def sample_weights(self, targets:Tensor)->Tensor|None: return None
-    def on_tree(self, targets:Tensor)->Tensor: return targets if targets.ndim == 2 else super().on_tree(targets)   # rows of labels know no chains
+    def sample_weights(self, targets: Tensor) -> Tensor | None:
+        return None
+
+    def on_tree(self, targets: Tensor) -> Tensor:
+        return targets if targets.ndim == 2 else super().on_tree(targets)  # rows of labels know no chains
 
 # %% ../nbs/13_pairs.ipynb #c6c71023
 @patch
-def follow(self:ClassMeans,
-    x:Tensor, # (B, D') of `represent`
-    targets:Tensor, # (B,) node ids
-)->None:
+def follow(
+    self: ClassMeans,
+    x: Tensor,  # (B, D') of `represent`
+    targets: Tensor,  # (B,) node ids
+) -> None:
     "Move the means of the classes in a batch towards it, once all its parts are there; the first time, all the way"
     self._awaited.append((x, targets))
-    if len(self._awaited) < self.parts: return
-    x, targets = map(torch.cat, zip(*self._awaited)); self._awaited.clear()
+    if len(self._awaited) < self.parts:
+        return
+    x, targets = map(torch.cat, zip(*self._awaited))
+    self._awaited.clear()
     mean, n = class_means(x, self.on_tree(targets), self.tree)
-    step = torch.where(self.count > 0, 1 - self.momentum, 1.)*(n > 0)
-    self.weight.lerp_(mean.to(self.weight.dtype), step[:, None].to(self.weight.dtype)); self.count.add_(n)
+    step = torch.where(self.count > 0, 1 - self.momentum, 1.0) * (n > 0)
+    self.weight.lerp_(mean.to(self.weight.dtype), step[:, None].to(self.weight.dtype))
+    self.count.add_(n)
 
 # %% ../nbs/13_pairs.ipynb #9fe6a0b2
 def class_means(
-    x:Tensor, # (n, D)
-    targets:Tensor, # (n,) node ids
-    taxonomy:Taxonomy, # that they belong to
-)->tuple[Tensor, Tensor]: # (L, D), 0 where there is nothing; (L,) how many images each is the mean of
+    x: Tensor,  # (n, D)
+    targets: Tensor,  # (n,) node ids
+    taxonomy: Taxonomy,  # that they belong to
+) -> tuple[Tensor, Tensor]:  # (L, D), 0 where there is nothing; (L,) how many images each is the mean of
     "Mean of each leaf's rows; rows labelled above the leaves are left out"
     column = taxonomy.tensor('leaf_column', x.device)[targets]
     own, column = (column >= 0).to(x.dtype), column.clamp_min(0)
     n = x.new_zeros(taxonomy.n_leaves).index_add_(0, column, own)
-    return x.new_zeros(taxonomy.n_leaves, x.shape[1]).index_add_(0, column, x*own[:, None])/n.clamp_min(1)[:, None], n
+    return x.new_zeros(taxonomy.n_leaves, x.shape[1]).index_add_(0, column, x * own[:, None]) / n.clamp_min(1)[
+        :, None
+    ], n
 
 # %% ../nbs/13_pairs.ipynb #937a5067
 @patch
-def logits(self:ClassMeans,
-    emb:Tensor, # (B, D) float32 or better
-)->Tensor: # (B, L)
+def logits(
+    self: ClassMeans,
+    emb: Tensor,  # (B, D) float32 or better
+) -> Tensor:  # (B, L)
     "−s times the distance to each mean; for a leaf without one, the lowest of the row"
     w, seen = self.full(self.weight), self.count > 0
-    z = -self.scale*_offsets(self.represent(emb), unit(w) if self.distance == 'cosine' else w, self.distance)
+    z = -self.scale * _offsets(self.represent(emb), unit(w) if self.distance == 'cosine' else w, self.distance)
     lowest = z.masked_fill(~seen, math.inf).amin(1, keepdim=True)
-    return torch.where(seen, z, torch.where(seen.any(), lowest, 0.))
+    return torch.where(seen, z, torch.where(seen.any(), lowest, 0.0))
+
 
 @patch
-def prepare(self:ClassMeans,
-    emb:Tensor, # not looked at
-    targets:Tensor, # (n,) of the training split, as the losses take them
-)->None:
+def prepare(
+    self: ClassMeans,
+    emb: Tensor,  # not looked at
+    targets: Tensor,  # (n,) of the training split, as the losses take them
+) -> None:
     "The losses see the labels of the training split"
     for o in self.modules():
-        if isinstance(o, PairLoss): o.prepare(targets if o.taxonomy is self.taxonomy else self.on_tree(targets))
+        if isinstance(o, PairLoss):
+            o.prepare(targets if o.taxonomy is self.taxonomy else self.on_tree(targets))
+
 
 @patch
-def conclude(self:ClassMeans,
-    emb:Tensor, # (n, D) of the training split
-    targets:Tensor, # (n,) node ids
-)->None:
+def conclude(
+    self: ClassMeans,
+    emb: Tensor,  # (n, D) of the training split
+    targets: Tensor,  # (n,) node ids
+) -> None:
     "Exact means; the losses have seen enough"
     mean, n = class_means(self.represent(emb), self.on_tree(targets), self.tree)
-    self.weight.copy_(mean); self.count.copy_(n)
+    self.weight.copy_(mean)
+    self.count.copy_(n)
     for o in self.modules():
-        if isinstance(o, PairLoss): o.conclude()
+        if isinstance(o, PairLoss):
+            o.conclude()
+
 
 @patch
-def calibrate(self:ClassMeans,
-    emb:Tensor, # (m, D) of the validation split
-    targets:Tensor, # (m,) node ids, leaves or not
-)->None:
+def calibrate(
+    self: ClassMeans,
+    emb: Tensor,  # (m, D) of the validation split
+    targets: Tensor,  # (m,) node ids, leaves or not
+) -> None:
     "The scale of least negative log-likelihood"
-    if not (self.count > 0).any() or not len(emb): return
-    with torch.no_grad(): z = (self(emb)/self.scale).double()
+    if not (self.count > 0).any() or not len(emb):
+        return
+    with torch.no_grad():
+        z = (self(emb) / self.scale).double()
     column, under = self.labels(targets)
-    nll = lambda log_s: float(label_nll(math.exp(log_s)*z, column, under).mean())
+    nll = lambda log_s: float(label_nll(math.exp(log_s) * z, column, under).mean())
     self.scale.fill_(math.exp(minimize_scalar(nll, bounds=(-3, 7), method='bounded').x))
 
 # %% ../nbs/13_pairs.ipynb #08d105da
 class MetricHead(ClassMeans):
     "A loss on pairs or proxies, by name; leaves by their means, @eq-means"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # L leaves, N nodes; the loss compares in the tree without chains
-        loss:str='multi_similarity', # one of `LOSSES`
-        loss_kw:dict|None=None, # its settings
-        miner:str|None=None, # one of `MINERS`; None: all pairs
-        miner_kw:dict|None=None, # its settings
-        distance:str|None=None, # 'cosine' or 'euclidean'; None: what the loss was made for
-        momentum:float=0.9, # of the running means: what stays of the old one
-    ):
-        criterion = create_loss(loss, taxonomy.chainless, in_features, **loss_kw or {}, **{} if distance is None else {'distance': distance})
-        super().__init__(in_features, taxonomy, criterion.represent(torch.zeros(1, in_features)).shape[1], criterion.distance, momentum)
-        self.settings = dict(in_features=in_features, loss=loss, loss_kw=loss_kw, miner=miner, miner_kw=miner_kw, distance=distance, momentum=momentum)
-        self.criterion, self.miner = criterion, None if miner is None else create_miner(miner, self.tree, self.distance, **miner_kw or {})
-        if miner and (self.criterion.takes == 'none' or self.criterion.takes == 'plain' and not self.miner.plain):
-            raise HiermetricError(f"The loss {loss!r} {'looks at no pairs, so it takes no miner' if self.criterion.takes == 'none' else f'knows only same and different, and the miner {miner!r} finds triplets of another kind'}; leave the miner out, or choose another.")
 
-    def represent(self, emb:Tensor)->Tensor: return self.criterion.represent(self.full(emb))
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # L leaves, N nodes; the loss compares in the tree without chains
+        loss: str = 'multi_similarity',  # one of `LOSSES`
+        loss_kw: dict | None = None,  # its settings
+        miner: str | None = None,  # one of `MINERS`; None: all pairs
+        miner_kw: dict | None = None,  # its settings
+        distance: str | None = None,  # 'cosine' or 'euclidean'; None: what the loss was made for
+        momentum: float = 0.9,  # of the running means: what stays of the old one
+    ):
+        criterion = create_loss(
+            loss, taxonomy.chainless, in_features, **loss_kw or {}, **{} if distance is None else {'distance': distance}
+        )
+        super().__init__(
+            in_features,
+            taxonomy,
+            criterion.represent(torch.zeros(1, in_features)).shape[1],
+            criterion.distance,
+            momentum,
+        )
+        self.settings = dict(
+            in_features=in_features,
+            loss=loss,
+            loss_kw=loss_kw,
+            miner=miner,
+            miner_kw=miner_kw,
+            distance=distance,
+            momentum=momentum,
+        )
+        self.criterion = criterion
+        self.miner = None if miner is None else create_miner(miner, self.tree, self.distance, **miner_kw or {})
+        if miner and (self.criterion.takes == 'none' or self.criterion.takes == 'plain' and not self.miner.plain):
+            why = f'knows only same and different, and the miner {miner!r} finds triplets of another kind'
+            if self.criterion.takes == 'none':
+                why = 'looks at no pairs, so it takes no miner'
+            raise HiermetricError(f"The loss {loss!r} {why}; leave the miner out, or choose another.")
+
+    def represent(self, emb: Tensor) -> Tensor:
+        return self.criterion.represent(self.full(emb))
 
 # %% ../nbs/13_pairs.ipynb #d4f027ad
 @patch
-def loss(self:MetricHead,
-    emb:Tensor, # (B, D)
-    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
-)->Tensor: # scalar; 0 for a batch that teaches nothing
+def loss(
+    self: MetricHead,
+    emb: Tensor,  # (B, D)
+    targets: Tensor | Sequence[int],  # (B,) node ids, leaves or not
+) -> Tensor:  # scalar; 0 for a batch that teaches nothing
     "The loss on what the miner finds; in training the class means follow"
-    targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
+    targets = torch.as_tensor(targets, device=getattr(emb, 'device', None))
+    self.check(emb, targets)
     targets, rows = targets.long(), self.rows
     with torch.autocast(emb.device.type, enabled=False):
         emb = self.full(emb)
         with torch.no_grad():
             x = self.represent(emb)
-            if self.training: self.follow(x, targets)
+            if self.training:
+                self.follow(x, targets)
             targets = self.on_tree(targets)
             found = self.miner(x, targets) if self.miner is not None and len(x) else None
         return self.criterion(emb, targets, found, rows)
 
+
 @patch
-def sample_weights(self:MetricHead, targets:Tensor)->Tensor|None: return torch.ones(len(targets), device=targets.device) if self.criterion.alone else None
+def sample_weights(self: MetricHead, targets: Tensor) -> Tensor | None:
+    return torch.ones(len(targets), device=targets.device) if self.criterion.alone else None

@@ -24,96 +24,195 @@ __all__ = ['ConfidenceSteps', 'confidence_steps', 'confidence_slider']
 @dataclass
 class ConfidenceSteps:
     "Answers at many confidences"
-    taxonomy:Taxonomy # tree over the N nodes
-    targets:np.ndarray # (n,) true node ids
-    nodes:np.ndarray # (K, n) answers at each confidence
-    table:pd.DataFrame # K rows: confidence, share right, its 95 % margin, information kept, share of answers at a leaf and at the root
+
+    taxonomy: Taxonomy  # tree over the N nodes
+    targets: np.ndarray  # (n,) true node ids
+    nodes: np.ndarray  # (K, n) answers at each confidence
+    # K rows: confidence, share right, its 95 % margin, information kept, share of answers at a leaf and at the root
+    table: pd.DataFrame
 
 # %% ../nbs/11_slider.ipynb #d41daa2b
 def confidence_steps(
-    val:tuple, # (n, N) node_probs and (n,) node ids of the validation images
-    test:tuple, # the same of the images that are judged
-    taxonomy:Taxonomy, # tree over the N nodes
-    confidences:Sequence[float]=(.5, .55, .6, .65, .7, .75, .8, .85, .9, .925, .95, .96, .97, .98, .99, .995), # K numbers in (0, 1), rising
-    rule:str='guarantee', # a rule of `list_rules` that takes a confidence
-    **kw:Any, # to the rule
-)->ConfidenceSteps: # what the slider shows
+    val: tuple,  # (n, N) node_probs and (n,) node ids of the validation images
+    test: tuple,  # the same of the images that are judged
+    taxonomy: Taxonomy,  # tree over the N nodes
+    # K numbers in (0, 1), rising
+    confidences: Sequence[float] = (
+        0.5,
+        0.55,
+        0.6,
+        0.65,
+        0.7,
+        0.75,
+        0.8,
+        0.85,
+        0.9,
+        0.925,
+        0.95,
+        0.96,
+        0.97,
+        0.98,
+        0.99,
+        0.995,
+    ),
+    rule: str = 'guarantee',  # a rule of `list_rules` that takes a confidence
+    **kw: Any,  # to the rule
+) -> ConfidenceSteps:  # what the slider shows
     "Fit the rule at each confidence on the validation images, answer for the others"
-    if not len(confidences) or (np.diff(confidences) <= 0).any(): raise HiermetricError(f"The confidences must be numbers that rise, not {list(confidences)}.")
-    targets = check_targets(test[1], taxonomy, len(test[0])); rows = []
-    nodes = np.stack([np.asarray(create_rule(rule, confidence=float(c), **kw).fit(*val, taxonomy)(test[0])) for c in confidences])
+    if not len(confidences) or (np.diff(confidences) <= 0).any():
+        raise HiermetricError(f"The confidences must be numbers that rise, not {list(confidences)}.")
+    targets = check_targets(test[1], taxonomy, len(test[0]))
+    rows = []
+    nodes = np.stack(
+        [np.asarray(create_rule(rule, confidence=float(c), **kw).fit(*val, taxonomy)(test[0])) for c in confidences]
+    )
     for c, a in zip(confidences, nodes):
         right = taxonomy.is_ancestor(a, targets).mean()
-        rows.append({'confidence': float(c), 'right': right, 'margin': 1.96*np.sqrt(right*(1 - right)/len(a)), 'information kept': information_scores(a, targets, taxonomy)[1],
-                     'at a leaf': (taxonomy.heights[a] == 0).mean(), 'at the root': (a == 0).mean()})
+        rows.append(
+            {
+                'confidence': float(c),
+                'right': right,
+                'margin': 1.96 * np.sqrt(right * (1 - right) / len(a)),
+                'information kept': information_scores(a, targets, taxonomy)[1],
+                'at a leaf': (taxonomy.heights[a] == 0).mean(),
+                'at the root': (a == 0).mean(),
+            }
+        )
     return ConfidenceSteps(taxonomy, targets, nodes, pd.DataFrame(rows))
 
 # %% ../nbs/11_slider.ipynb #1adfdca8
 @patch(as_prop=True)
-def images(self:ConfidenceSteps)->np.ndarray: # (N,) how many of the images have their truth in each branch
+def images(self: ConfidenceSteps) -> np.ndarray:  # (N,) how many of the images have their truth in each branch
     "Images of each branch"
     return _below(np.bincount(self.targets, minlength=len(self.taxonomy)), self.taxonomy)
 
+
 @patch(as_prop=True)
-def stops(self:ConfidenceSteps)->np.ndarray: # (4, K, N) shares of a branch's images: deeper, here, above, wrong; 0 where there are none
+def stops(
+    self: ConfidenceSteps,
+) -> np.ndarray:  # (4, K, N) shares of a branch's images: deeper, here, above, wrong; 0 where there are none
     "Where the answers stop, seen from each branch, @eq-stops"
-    tax = self.taxonomy; right = tax.is_ancestor(self.nodes, self.targets[None])
+    tax = self.taxonomy
+    right = tax.is_ancestor(self.nodes, self.targets[None])
     count = lambda nodes: np.stack([np.bincount(o[ok], minlength=len(tax)) for o, ok in zip(nodes, right)])
-    here = count(self.nodes); below = _below(here, tax); answered = _below(count(np.broadcast_to(self.targets, self.nodes.shape)), tax)
-    return np.stack([below - here, here, answered - below, self.images - answered])/np.maximum(self.images, 1)
+    here = count(self.nodes)
+    below = _below(here, tax)
+    answered = _below(count(np.broadcast_to(self.targets, self.nodes.shape)), tax)
+    return np.stack([below - here, here, answered - below, self.images - answered]) / np.maximum(self.images, 1)
 
 # %% ../nbs/11_slider.ipynb #58db0ecc
-def _json(x:Any)->str: return json.dumps(x, allow_nan=False).replace('<', '\\u003c')   # for the inside of a script
+def _json(x: Any) -> str:
+    return json.dumps(x, allow_nan=False).replace('<', '\\u003c')  # for the inside of a script
 
-def _thumbnail(path:str|Path, side:int=140)->str: # a data: address
+
+def _thumbnail(path: str | Path, side: int = 140) -> str:  # a data: address
     from PIL import Image
     from hiermetric.backbones import read_image
+
     im, out = Image.fromarray(read_image(path, notes=[]).expand(3, -1, -1).permute(1, 2, 0).numpy()), io.BytesIO()
-    im.thumbnail((side, side)); im.save(out, 'JPEG', quality=80)
+    im.thumbnail((side, side))
+    im.save(out, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
 
 # %% ../nbs/11_slider.ipynb #d5480a43
-def _rings(steps:ConfidenceSteps)->tuple[dict,np.ndarray]: # trace for plotly, (M,) the nodes in it, which have images
+def _rings(
+    steps: ConfidenceSteps,
+) -> tuple[dict, np.ndarray]:  # trace for plotly, (M,) the nodes in it, which have images
     from plotly.graph_objects import Sunburst
-    tax, seen = steps.taxonomy, np.flatnonzero(steps.images); plain = lambda s: escape(s, quote=False); short = lambda s: plain(s if len(s) < 18 else s[:16] + '…')
-    hover = '<b>%{label}</b> (%{value:,} images)<br>%{customdata[1]:.0%} answered with it<br>%{customdata[0]:.0%} more exactly<br>%{customdata[2]:.0%} less exactly<br>%{customdata[3]:.0%} wrong<extra></extra>'
-    bar = dict(title=dict(text='share of its images answered with this very node', side='top', font=dict(size=12)), orientation='h', y=0, yanchor='top', thickness=10, len=.8, tickformat='.0%')
-    return Sunburst(ids=[str(i) for i in seen], labels=[plain(tax.names[i]) for i in seen], parents=[str(tax.parents[i]) if i else '' for i in seen],
-        values=steps.images[seen].tolist(), branchvalues='total', sort=False, text=[short(tax.names[i]) if steps.images[i] >= .03*steps.images[0] else '' for i in seen], textinfo='text', leaf=dict(opacity=1), hovertemplate=hover,
-        marker=dict(colorscale='Blues', cmin=0, cmax=1, line=dict(width=.7, color='#999'), colorbar=bar)).to_plotly_json(), seen
+
+    tax, seen = steps.taxonomy, np.flatnonzero(steps.images)
+    plain = lambda s: escape(s, quote=False)
+    short = lambda s: plain(s if len(s) < 18 else s[:16] + '…')
+    hover = (
+        '<b>%{label}</b> (%{value:,} images)<br>%{customdata[1]:.0%} answered with it<br>%{customdata[0]:.0%} '
+        'more exactly<br>%{customdata[2]:.0%} less exactly<br>%{customdata[3]:.0%} wrong<extra></extra>'
+    )
+    bar = dict(
+        title=dict(text='share of its images answered with this very node', side='top', font=dict(size=12)),
+        orientation='h',
+        y=0,
+        yanchor='top',
+        thickness=10,
+        len=0.8,
+        tickformat='.0%',
+    )
+    return Sunburst(
+        ids=[str(i) for i in seen],
+        labels=[plain(tax.names[i]) for i in seen],
+        parents=[str(tax.parents[i]) if i else '' for i in seen],
+        values=steps.images[seen].tolist(),
+        branchvalues='total',
+        sort=False,
+        text=[short(tax.names[i]) if steps.images[i] >= 0.03 * steps.images[0] else '' for i in seen],
+        textinfo='text',
+        leaf=dict(opacity=1),
+        hovertemplate=hover,
+        marker=dict(colorscale='Blues', cmin=0, cmax=1, line=dict(width=0.7, color='#999'), colorbar=bar),
+    ).to_plotly_json(), seen
 
 # %% ../nbs/11_slider.ipynb #a3a2fc1b
-def _card(steps:ConfidenceSteps, i:int)->list[dict]: # K answers to image i
+def _card(steps: ConfidenceSteps, i: int) -> list[dict]:  # K answers to image i
     tax, truth = steps.taxonomy, int(steps.targets[i])
+
     def answer(a):
         over, up = tax.names[tax.ancestors(a)[1:-1]], int(tax.depths[truth] - tax.depths[a])
-        kind, verdict = ('wrong', '✗ wrong') if not tax.is_ancestor(a, truth) else ('exact', '✓ exact') if not up else ('coarse', f"✓ {up} level{'s'*(up > 1)} above") if a else ('nothing', '○ says nothing')
-        return {'name': tax.names[a], 'path': ' › '.join((['…'] if len(over) > 2 else []) + over[-2:]), 'kind': kind, 'verdict': verdict}
+        kind, verdict = (
+            ('wrong', '✗ wrong')
+            if not tax.is_ancestor(a, truth)
+            else ('exact', '✓ exact')
+            if not up
+            else ('coarse', f"✓ {up} level{'s' * (up > 1)} above")
+            if a
+            else ('nothing', '○ says nothing')
+        )
+        return {
+            'name': tax.names[a],
+            'path': ' › '.join((['…'] if len(over) > 2 else []) + over[-2:]),
+            'kind': kind,
+            'verdict': verdict,
+        }
+
     return [answer(int(a)) for a in steps.nodes[:, i]]
 
 # %% ../nbs/11_slider.ipynb #ad3e1073
 _STYLE = """<style>
-#ID {font: 15px/1.35 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; padding: 4px; box-sizing: border-box} #ID * {box-sizing: border-box}
-#ID .ask {position: sticky; top: 0; z-index: 2; background: #fff; padding-bottom: .3rem} #ID label {display: block; font-size: 1.1em} #ID b {font-variant-numeric: tabular-nums} #ID .asked {color: #1c5a96}
-#ID input {width: 100%; height: 2rem; margin: 0; accent-color: #2166ac} #ID input:focus-visible {outline: 3px solid #f4a582} #ID .ends {display: flex; justify-content: space-between; color: #555; font-size: .85em}
-#ID .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .5rem; margin: .6rem 0} #ID .figures div {background: #f1f5f9; border-radius: 6px; padding: .35rem .6rem; font-size: .85em} #ID .figures b {display: block; font-size: 1.35em}
-#ID .both {display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start} #ID .tree {flex: 1 1 320px; min-width: 0} #ID .rings {aspect-ratio: 1/1.12; max-width: 640px; margin: 0 auto} #ID .hint {color: #555; font-size: .85em}
-#ID .examples {flex: 1 1 320px; min-width: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(145px, 1fr)); gap: .5rem} #ID .examples:empty {display: none}
-#ID .example {border: 3px solid #1b7837; border-radius: 6px; padding: .4rem; font-size: .8em; overflow-wrap: anywhere} #ID .example.coarse {border-color: #2166ac} #ID .example.nothing {border-color: #777} #ID .example.wrong {border-color: #b2182b}
-#ID .example img {width: 100%; height: 84px; object-fit: contain; display: block; margin: 0 0 .3rem} #ID .answer {font-weight: 600; font-size: 1.1em; min-height: 2.7em} #ID .path, #ID .truth {color: #555} #ID .path {min-height: 2.7em}
-#ID .verdict {color: #1b7837; font-weight: 600} #ID .coarse .verdict {color: #2166ac} #ID .nothing .verdict {color: #555} #ID .wrong .verdict {color: #b2182b}
+#ID {font: 15px/1.35 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; padding: 4px;
+  box-sizing: border-box} #ID * {box-sizing: border-box}
+#ID .ask {position: sticky; top: 0; z-index: 2; background: #fff; padding-bottom: .3rem}
+#ID label {display: block; font-size: 1.1em} #ID b {font-variant-numeric: tabular-nums} #ID .asked {color: #1c5a96}
+#ID input {width: 100%; height: 2rem; margin: 0; accent-color: #2166ac}
+#ID input:focus-visible {outline: 3px solid #f4a582}
+#ID .ends {display: flex; justify-content: space-between; color: #555; font-size: .85em}
+#ID .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .5rem; margin: .6rem 0}
+#ID .figures div {background: #f1f5f9; border-radius: 6px; padding: .35rem .6rem; font-size: .85em}
+#ID .figures b {display: block; font-size: 1.35em}
+#ID .both {display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start}
+#ID .tree {flex: 1 1 320px; min-width: 0} #ID .rings {aspect-ratio: 1/1.12; max-width: 640px; margin: 0 auto}
+#ID .hint {color: #555; font-size: .85em}
+#ID .examples {flex: 1 1 320px; min-width: 0; display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(145px, 1fr)); gap: .5rem} #ID .examples:empty {display: none}
+#ID .example {border: 3px solid #1b7837; border-radius: 6px; padding: .4rem; font-size: .8em; overflow-wrap: anywhere}
+#ID .example.coarse {border-color: #2166ac} #ID .example.nothing {border-color: #777}
+#ID .example.wrong {border-color: #b2182b}
+#ID .example img {width: 100%; height: 84px; object-fit: contain; display: block; margin: 0 0 .3rem}
+#ID .answer {font-weight: 600; font-size: 1.1em; min-height: 2.7em} #ID .path, #ID .truth {color: #555}
+#ID .path {min-height: 2.7em}
+#ID .verdict {color: #1b7837; font-weight: 600} #ID .coarse .verdict {color: #2166ac}
+#ID .nothing .verdict {color: #555} #ID .wrong .verdict {color: #b2182b}
 </style>"""
 
 # %% ../nbs/11_slider.ipynb #ff939ea5
 _SCRIPT = """<script>
 (function () {
-  const d = DATA, root = document.getElementById('ID'), one = c => root.querySelector(c), input = one('input'), rings = one('.rings'), cards = root.querySelectorAll('.example');
+  const d = DATA, root = document.getElementById('ID'), one = c => root.querySelector(c), input = one('input'),
+    rings = one('.rings'), cards = root.querySelectorAll('.example');
   const percent = x => (100*x).toFixed(1) + ' %', write = (at, c, text) => { at.querySelector(c).textContent = text; };
   let drawn = false;
   function show() {
     const k = +input.value, t = d.table[k], asked = percent(t.confidence);
     write(root, '.asked', asked); input.setAttribute('aria-valuetext', asked);
-    write(root, '.right', percent(t.right) + ' ± ' + (100*t.margin).toFixed(1)); write(root, '.kept', percent(t['information kept']));
+    write(root, '.right', percent(t.right) + ' ± ' + (100*t.margin).toFixed(1)); write(root, '.kept',
+      percent(t['information kept']));
     write(root, '.leaf', percent(t['at a leaf'])); write(root, '.nothing', percent(t['at the root']));
     cards.forEach((card, i) => {
       const a = d.cards[i][k];
@@ -122,43 +221,78 @@ _SCRIPT = """<script>
     if (drawn) Plotly.restyle(rings, {'marker.colors': [d.stops[k].map(s => s[1])], customdata: [d.stops[k]]}, [0]);
   }
   function draw() {
-    Plotly.newPlot(rings, [d.trace], {autosize: true, margin: {t: 4, r: 4, b: 70, l: 4}, paper_bgcolor: '#fff'}, {responsive: true, displayModeBar: false}).then(() => { drawn = true; show(); });
+    Plotly.newPlot(rings, [d.trace], {autosize: true, margin: {t: 4, r: 4, b: 70, l: 4}, paper_bgcolor: '#fff'},
+      {responsive: true, displayModeBar: false}).then(() => { drawn = true; show(); });
   }
   input.addEventListener('input', show); show();
   if (window.Plotly) return draw();
   const s = document.createElement('script'); s.src = d.plotly; s.onload = draw;
-  s.onerror = () => { rings.style.aspectRatio = 'auto'; one('.hint').remove(); rings.textContent = 'The tree is left out: it is drawn with ' + d.plotly + ', which could not be loaded.'; };
+  s.onerror = () => { rings.style.aspectRatio = 'auto'; one('.hint').remove();
+    rings.textContent = 'The tree is left out: it is drawn with ' + d.plotly + ', which could not be loaded.'; };
   document.head.append(s);
 })();
 </script>"""
 
 # %% ../nbs/11_slider.ipynb #bc8e58a4
 _BODY = """<div id="ID"><div class="ask"><label for="ID-asked">How sure must an answer be? <b class="asked"></b></label>
-<input id="ID-asked" type="range" min="0" max="MOST" value="START" step="1" autocomplete="off"><div class="ends"><span>LOW: says more</span><span>HIGH: errs less</span></div></div>
-<div class="figures" aria-live="polite"><div><b class="right"></b>of the answers are right</div><div><b class="kept"></b>of the information is kept</div><div><b class="leaf"></b>of the answers go down to a leaf</div><div><b class="nothing"></b>stay at the root, and say nothing</div></div>
-<div class="both"><div class="tree"><div class="rings" role="img" aria-label="the tree as rings, coloured by where answers stop"></div><div class="hint">Point at a branch for its name and figures. A click opens it, a click on the middle closes it.</div></div><div class="examples">CARDS</div></div></div>"""
+<input id="ID-asked" type="range" min="0" max="MOST" value="START" step="1" autocomplete="off"><div class="ends"><span>
+LOW: says more</span><span>HIGH: errs less</span></div></div>
+<div class="figures" aria-live="polite"><div><b class="right"></b>of the answers are right</div><div><b class="kept">
+</b>of the information is kept</div><div><b class="leaf"></b>of the answers go down to a leaf</div><div><b
+class="nothing"></b>stay at the root, and say nothing</div></div>
+<div class="both"><div class="tree"><div class="rings" role="img" aria-label="the tree as rings, coloured by where
+answers stop"></div><div class="hint">Point at a branch for its name and figures. A click opens it, a click on the
+middle closes it.</div></div><div class="examples">CARDS</div></div></div>"""
 
-_CARD = '<div class="example"><img src="{}" alt="example image"><div class="path"></div><div class="answer name"></div><div class="verdict"></div><div class="truth">truth: {}</div></div>'
+_CARD = (
+    '<div class="example"><img src="{}" alt="example image"><div class="path"></div><div class="answer '
+    'name"></div><div class="verdict"></div><div class="truth">truth: {}</div></div>'
+)
 
 # %% ../nbs/11_slider.ipynb #8a52c1d3
 def confidence_slider(
-    steps:ConfidenceSteps, # what is shown; a tree of up to some thousand nodes
-    images:Mapping[int,str|Path]|None=None, # row of `targets` → its picture, shown as an example
-    start:float=.9, # confidence that is shown first, or the nearest there is
-    id:str='confidence', # of the element; two in a page need two
-    title:str|None=None, # makes a whole page of it, to be saved as a file
-    plotlyjs:bool=False, # put plotly.js (5 MB) into it, so that it works without a network
-)->str: # HTML
+    steps: ConfidenceSteps,  # what is shown; a tree of up to some thousand nodes
+    images: Mapping[int, str | Path] | None = None,  # row of `targets` → its picture, shown as an example
+    start: float = 0.9,  # confidence that is shown first, or the nearest there is
+    id: str = 'confidence',  # of the element; two in a page need two
+    title: str | None = None,  # makes a whole page of it, to be saved as a file
+    plotlyjs: bool = False,  # put plotly.js (5 MB) into it, so that it works without a network
+) -> str:  # HTML
     "Slider, figures, tree and examples as one piece of HTML"
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
-    if not re.fullmatch(r'[A-Za-z][\w-]*', id): raise HiermetricError(f"The id is {id!r}; it must be letters, digits, - and _, a letter first.")
+
+    if not re.fullmatch(r'[A-Za-z][\w-]*', id):
+        raise HiermetricError(f"The id is {id!r}; it must be letters, digits, - and _, a letter first.")
     images, (trace, seen), c = images or {}, _rings(steps), steps.table.confidence
     for i in images:
-        if not 0 <= i < len(steps.targets): raise HiermetricError(f"There is an example for row {i}, but the rows are 0 … {len(steps.targets)-1}.")
-    data = {'trace': trace, 'table': steps.table.round(6).to_dict('records'), 'stops': steps.stops[:, :, seen].transpose(1, 2, 0).round(3).tolist(),
-            'cards': [_card(steps, i) for i in images], 'plotly': f'https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js'}
-    cards = ''.join(_CARD.format(_thumbnail(p), escape(steps.taxonomy.names[steps.targets[i]])) for i, p in images.items())
-    words = {'ID': id, 'MOST': len(c) - 1, 'START': int((c - start).abs().argmin()), 'LOW': f'{100*c.iloc[0]:g} %', 'HIGH': f'{100*c.iloc[-1]:g} %', 'CARDS': cards, 'DATA': _json(data)}
+        if not 0 <= i < len(steps.targets):
+            raise HiermetricError(f"There is an example for row {i}, but the rows are 0 … {len(steps.targets) - 1}.")
+    data = {
+        'trace': trace,
+        'table': steps.table.round(6).to_dict('records'),
+        'stops': steps.stops[:, :, seen].transpose(1, 2, 0).round(3).tolist(),
+        'cards': [_card(steps, i) for i in images],
+        'plotly': f'https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js',
+    }
+    cards = ''.join(
+        _CARD.format(_thumbnail(p), escape(steps.taxonomy.names[steps.targets[i]])) for i, p in images.items()
+    )
+    words = {
+        'ID': id,
+        'MOST': len(c) - 1,
+        'START': int((c - start).abs().argmin()),
+        'LOW': f'{100 * c.iloc[0]:g} %',
+        'HIGH': f'{100 * c.iloc[-1]:g} %',
+        'CARDS': cards,
+        'DATA': _json(data),
+    }
     html = re.sub(r'\b(' + '|'.join(words) + r')\b', lambda m: str(words[m[0]]), _STYLE + _BODY + _SCRIPT)
-    if plotlyjs: html = f'<script>{get_plotlyjs()}</script>{html}'
-    return html if title is None else f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title></head><body>{html}</body></html>'
+    if plotlyjs:
+        html = f'<script>{get_plotlyjs()}</script>{html}'
+    return (
+        html
+        if title is None
+        else '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, '
+        f'initial-scale=1"><title>{escape(title)}</title></head><body>{html}</body></html>'
+    )

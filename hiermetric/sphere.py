@@ -21,122 +21,144 @@ __all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'S
 
 # %% ../nbs/07_sphere.ipynb #e6fd52f6
 def path_targets(
-    targets:Tensor, # (B,) node ids, leaves or not
-    taxonomy:Taxonomy, # tree over the N nodes
-)->tuple[Tensor, Tensor|None]: # (B, N−1) bool, is the node on the root path; (B, N−1) bool, does the label tell; None where it tells everything
+    targets: Tensor,  # (B,) node ids, leaves or not
+    taxonomy: Taxonomy,  # tree over the N nodes
+) -> tuple[
+    Tensor, Tensor | None
+]:  # (B, N−1) bool, is the node on the root path; (B, N−1) bool, does the label tell; None where it tells everything
     "Labels as rows of bits, @eq-targets"
     v, u = targets[:, None], torch.arange(1, len(taxonomy), device=targets.device)
     last = taxonomy.tensor('last', targets.device)
     positive = (u <= v) & (v <= last[1:])
-    if targets.device.type == 'cpu' and (taxonomy.tensor('heights')[targets] == 0).all(): return positive, None
+    if targets.device.type == 'cpu' and (taxonomy.tensor('heights')[targets] == 0).all():
+        return positive, None
     return positive, (u <= v) | (u > last[v])
 
 # %% ../nbs/07_sphere.ipynb #76aadfda
 def path_sums(
-    x:Tensor, # (…, N) a value for each node
-    taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (…, N) of the same type
+    x: Tensor,  # (…, N) a value for each node
+    taxonomy: Taxonomy,  # tree over the N nodes
+) -> Tensor:  # (…, N) of the same type
     "Sum over the path from the root to each node, both included"
     x64, after = x.double(), taxonomy.tensor('last', x.device) + 1
     gone = torch.zeros_like(F.pad(x64, (0, 1))).index_add(-1, after, x64)[..., :-1]
     return (x64 - gone).cumsum(-1).to(x.dtype)
 
+
 def leaf_sums(
-    z:Tensor, # (…, N−1) a value for each node but the root
-    taxonomy:Taxonomy, # tree over the N nodes, L leaves
-)->Tensor: # (…, L) of the same type
+    z: Tensor,  # (…, N−1) a value for each node but the root
+    taxonomy: Taxonomy,  # tree over the N nodes, L leaves
+) -> Tensor:  # (…, L) of the same type
     "Sum over the path from below the root to each leaf"
     return path_sums(F.pad(z, (1, 0)), taxonomy).index_select(-1, taxonomy.tensor('leaves', z.device))
 
 # %% ../nbs/07_sphere.ipynb #2608df24
 def tree_prior(
-    taxonomy:Taxonomy, # N nodes, L leaves
-)->Tensor: # (N−1,) float32, in (0, 1]
+    taxonomy: Taxonomy,  # N nodes, L leaves
+) -> Tensor:  # (N−1,) float32, in (0, 1]
     "Share of the leaves that lie under each node"
-    return torch.as_tensor((taxonomy.leaf_stop - taxonomy.leaf_start)[1:]/taxonomy.n_leaves, dtype=torch.float32)
+    return torch.as_tensor((taxonomy.leaf_stop - taxonomy.leaf_start)[1:] / taxonomy.n_leaves, dtype=torch.float32)
 
 # %% ../nbs/07_sphere.ipynb #196e901a
 def node_frequency(
-    targets:Tensor|Sequence[int], # (n,) node ids of training samples, leaves or not
-    taxonomy:Taxonomy, # N nodes
-)->Tensor: # (N−1,) float32, in (0, 1)
-    "How often each node is true among the samples whose label tells; one more of either kind is added, which keeps it off 0 and 1"
-    targets = targets.cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets)); check_targets(targets, taxonomy)
+    targets: Tensor | Sequence[int],  # (n,) node ids of training samples, leaves or not
+    taxonomy: Taxonomy,  # N nodes
+) -> Tensor:  # (N−1,) float32, in (0, 1)
+    """How often each node is true among the samples whose label tells; one more of either kind is added, which keeps it
+    off 0 and 1"""
+    targets = targets.cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets))
+    check_targets(targets, taxonomy)
     count = torch.bincount(targets.long(), minlength=len(taxonomy)).double()
     upto = F.pad(count.cumsum(0), (1, 0))
-    below = upto[taxonomy.tensor('last') + 1] - upto[:-1]                # at the node or under it
-    above = path_sums(count, taxonomy)[taxonomy.tensor('parents')[1:]]   # strictly above it
-    return ((below[1:] + 1)/(len(targets) - above + 2)).float()
+    below = upto[taxonomy.tensor('last') + 1] - upto[:-1]  # at the node or under it
+    above = path_sums(count, taxonomy)[taxonomy.tensor('parents')[1:]]  # strictly above it
+    return ((below[1:] + 1) / (len(targets) - above + 2)).float()
 
 # %% ../nbs/07_sphere.ipynb #aa438cd6
 def bce(
-    logits:Tensor, # (…) z
-    positive:Tensor, # (…) bool
-)->Tensor: # (…) nats
+    logits: Tensor,  # (…) z
+    positive: Tensor,  # (…) bool
+) -> Tensor:  # (…) nats
     "Binary cross-entropy of every cell, @eq-bce"
     return F.softplus(torch.where(positive, -logits, logits))
 
 # %% ../nbs/07_sphere.ipynb #ee5de512
 class FocalLoss:
     "Focal loss of every cell, @eq-focal [@lin2017focal]"
-    def __init__(self,
-        gamma:float=2., # focusing, γ ≥ 0; 0 is binary cross-entropy
+
+    def __init__(
+        self,
+        gamma: float = 2.0,  # focusing, γ ≥ 0; 0 is binary cross-entropy
     ):
-        if not 0 <= gamma < math.inf: raise HiermetricError(f"The focusing gamma must be a number from 0 up, not {gamma}; 1 to 5 is usual.")
+        if not 0 <= gamma < math.inf:
+            raise HiermetricError(f"The focusing gamma must be a number from 0 up, not {gamma}; 1 to 5 is usual.")
         self.gamma = gamma
 
-    def __call__(self, logits:Tensor, positive:Tensor)->Tensor: # (…), (…) bool to (…)
+    def __call__(self, logits: Tensor, positive: Tensor) -> Tensor:  # (…), (…) bool to (…)
         z = torch.where(positive, logits, -logits)
-        return F.softplus(-z)*(-self.gamma*F.softplus(z)).exp()
+        return F.softplus(-z) * (-self.gamma * F.softplus(z)).exp()
 
 # %% ../nbs/07_sphere.ipynb #343bef63
 class AsymmetricLoss:
     "Asymmetric loss of every cell, @eq-asl [@ridnik2021asymmetric]"
-    def __init__(self,
-        gamma_neg:float=4., # focusing of the negatives, γ− ≥ 0
-        gamma_pos:float=1., # focusing of the positives, γ+ ≥ 0
-        clip:float=.05, # probability below which a negative costs nothing, in [0, 1)
+
+    def __init__(
+        self,
+        gamma_neg: float = 4.0,  # focusing of the negatives, γ− ≥ 0
+        gamma_pos: float = 1.0,  # focusing of the positives, γ+ ≥ 0
+        clip: float = 0.05,  # probability below which a negative costs nothing, in [0, 1)
     ):
-        if not (0 <= gamma_neg < math.inf and 0 <= gamma_pos < math.inf and 0 <= clip < 1): raise HiermetricError(f"The asymmetric loss wants gamma_neg ≥ 0, gamma_pos ≥ 0 and 0 ≤ clip < 1; got {gamma_neg}, {gamma_pos} and {clip}.")
+        if not (0 <= gamma_neg < math.inf and 0 <= gamma_pos < math.inf and 0 <= clip < 1):
+            raise HiermetricError(
+                f"The asymmetric loss wants gamma_neg ≥ 0, gamma_pos ≥ 0 and 0 ≤ clip < 1; got {gamma_neg}, "
+                f"{gamma_pos} and {clip}."
+            )
         self.gamma_neg, self.gamma_pos, self.clip = gamma_neg, gamma_pos, clip
 
-    def __call__(self, logits:Tensor, positive:Tensor)->Tensor: # (…), (…) bool to (…)
-        yes = F.softplus(-logits)*(-self.gamma_pos*F.softplus(logits)).exp()
-        p = (logits.sigmoid() - self.clip).clamp_min(torch.finfo(logits.dtype).tiny)   # not 0, whose power may have an infinite slope
+    def __call__(self, logits: Tensor, positive: Tensor) -> Tensor:  # (…), (…) bool to (…)
+        yes = F.softplus(-logits) * (-self.gamma_pos * F.softplus(logits)).exp()
+        p = (logits.sigmoid() - self.clip).clamp_min(
+            torch.finfo(logits.dtype).tiny
+        )  # not 0, whose power may have an infinite slope
         cost = -(logits.neg().sigmoid() + self.clip).clamp_max(1).log() if self.clip else F.softplus(logits)
-        return torch.where(positive, yes, p**self.gamma_neg*cost)
+        return torch.where(positive, yes, p**self.gamma_neg * cost)
 
 # %% ../nbs/07_sphere.ipynb #b142c549
 CRITERIA = {'bce': lambda: bce, 'focal': FocalLoss, 'asymmetric': AsymmetricLoss}
 
+
 def create_criterion(
-    name:str, # one of `CRITERIA`
-    **kw, # its settings
-)->Callable[[Tensor, Tensor], Tensor]: # (…) logits and (…) bool to (…) losses
+    name: str,  # one of `CRITERIA`
+    **kw,  # its settings
+) -> Callable[[Tensor, Tensor], Tensor]:  # (…) logits and (…) bool to (…) losses
     "A loss on cells by name"
-    try: return CRITERIA[choice('criterion', name, CRITERIA)](**kw)
-    except TypeError as e: raise HiermetricError(f"The criterion {name!r} does not take the settings {kw}: {e}.") from e
+    try:
+        return CRITERIA[choice('criterion', name, CRITERIA)](**kw)
+    except TypeError as e:
+        raise HiermetricError(f"The criterion {name!r} does not take the settings {kw}: {e}.") from e
 
 # %% ../nbs/07_sphere.ipynb #88442dff
-def _max_into(x:Tensor, at:Tensor, values:Tensor)->Tensor: # (…, N), (K,), (…, K) to (…, N)
+def _max_into(x: Tensor, at: Tensor, values: Tensor) -> Tensor:  # (…, N), (K,), (…, K) to (…, N)
     "`x`, at some places raised to the largest of what arrives there"
     return x.scatter_reduce(-1, at.expand_as(values), values, 'amax')
 
+
 def closure(
-    x:Tensor, # (…, N) a number for every node: probabilities, or logits
-    taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (…, N) no child above its parent
+    x: Tensor,  # (…, N) a number for every node: probabilities, or logits
+    taxonomy: Taxonomy,  # tree over the N nodes
+) -> Tensor:  # (…, N) no child above its parent
     "Every node gets the largest value of its subtree, one level at a time; the gradient goes where the maximum is"
     parents, depths = taxonomy.tensor('parents', x.device), taxonomy.tensor('depths', x.device)
     levels = depths.argsort(stable=True).split(np.bincount(taxonomy.depths).tolist())
-    for nodes in levels[:0:-1]: x = _max_into(x, parents[nodes], x.index_select(-1, nodes))
+    for nodes in levels[:0:-1]:
+        x = _max_into(x, parents[nodes], x.index_select(-1, nodes))
     return x
 
 # %% ../nbs/07_sphere.ipynb #e1b5f787
 def sibling_log_softmax(
-    logits:Tensor, # (…, N−1)
-    taxonomy:Taxonomy, # tree over the N nodes
-)->Tensor: # (…, N−1) log p(node | parent)
+    logits: Tensor,  # (…, N−1)
+    taxonomy: Taxonomy,  # tree over the N nodes
+) -> Tensor:  # (…, N−1) log p(node | parent)
     "Softmax over the children of each parent, in logarithms"
     up = taxonomy.tensor('parents', logits.device)[1:]
     top = _max_into(logits.new_full((*logits.shape[:-1], len(taxonomy)), -math.inf), up, logits.detach())
@@ -145,48 +167,69 @@ def sibling_log_softmax(
     return low - total.index_select(-1, up).log()
 
 # %% ../nbs/07_sphere.ipynb #0e6eebcb
-VETO = 0.2 # λ
+VETO = 0.2  # λ
 
-def _own(z:Tensor, tax:Taxonomy)->Tensor: return z.index_select(-1, tax.tensor('leaves', z.device) - 1)   # (…, N−1) to (…, L)
-def _depth(z:Tensor, tax:Taxonomy)->Tensor: return _own(tax.tensor('depths', z.device)[1:], tax)          # (L,)
-def _veto(z:Tensor, tax:Taxonomy)->Tensor: q = F.logsigmoid(z); return _own(z, tax) + VETO*(leaf_sums(q, tax) - _own(q, tax))/(_depth(z, tax) - 1).clamp_min(1)
+
+def _own(z: Tensor, tax: Taxonomy) -> Tensor:
+    return z.index_select(-1, tax.tensor('leaves', z.device) - 1)  # (…, N−1) to (…, L)
+
+
+def _depth(z: Tensor, tax: Taxonomy) -> Tensor:
+    return _own(tax.tensor('depths', z.device)[1:], tax)  # (L,)
+
+
+def _veto(z: Tensor, tax: Taxonomy) -> Tensor:
+    q = F.logsigmoid(z)
+    return _own(z, tax) + VETO * (leaf_sums(q, tax) - _own(q, tax)) / (_depth(z, tax) - 1).clamp_min(1)
+
 
 LEAF_SCORES = {
     'leaves': _own,
     'sigmoid': lambda z, tax: F.logsigmoid(_own(z, tax)),
     'path': leaf_sums,
     'product': lambda z, tax: leaf_sums(F.logsigmoid(z), tax),
-    'mean': lambda z, tax: leaf_sums(F.logsigmoid(z), tax)/_depth(z, tax),
+    'mean': lambda z, tax: leaf_sums(F.logsigmoid(z), tax) / _depth(z, tax),
     'siblings': lambda z, tax: leaf_sums(sibling_log_softmax(z, tax), tax),
-    'veto': _veto}
+    'veto': _veto,
+}
 
 # %% ../nbs/07_sphere.ipynb #7851ca78
 DECODES = (*LEAF_SCORES, 'closure', 'conditional')
 
+
 def decode_nodes(
-    logits:Tensor, # (B, N−1)
-    taxonomy:Taxonomy, # tree over the N nodes
-    how:str='leaves', # one of `DECODES`
-)->Tensor: # (B, N) no child above its parent, root 1
+    logits: Tensor,  # (B, N−1)
+    taxonomy: Taxonomy,  # tree over the N nodes
+    how: str = 'leaves',  # one of `DECODES`
+) -> Tensor:  # (B, N) no child above its parent, root 1
     "Coherent probabilities from the logits of independent yes-or-no questions"
-    if choice('decoding', how, DECODES) in LEAF_SCORES: return taxonomy.node_probs(LEAF_SCORES[how](logits, taxonomy).softmax(-1))
-    if how == 'closure': return closure(F.pad(logits.sigmoid(), (1, 0), value=1.), taxonomy)
+    if choice('decoding', how, DECODES) in LEAF_SCORES:
+        return taxonomy.node_probs(LEAF_SCORES[how](logits, taxonomy).softmax(-1))
+    if how == 'closure':
+        return closure(F.pad(logits.sigmoid(), (1, 0), value=1.0), taxonomy)
     return path_sums(F.pad(F.logsigmoid(logits), (1, 0)), taxonomy).exp()
 
 # %% ../nbs/07_sphere.ipynb #571435e9
 class NodeHead(Head):
-    "A head with one logit for every node of `tree` but the root; a subclass sets `weight`, defines `logits(emb)` and may define `train_logits(emb, positive)` and `node_loss(node_logits, targets)`"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # N nodes; M without chains
-        decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
-        criterion:str='bce', # loss of a cell, one of `CRITERIA`
-        criterion_kw:dict|None=None, # its settings
-        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of nodes, of the tree without chains
-        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: `tree_prior`, until `prepare` counts
+    """A head with one logit for every node of `tree` but the root; a subclass sets `weight`, defines `logits(emb)` and
+    may define `train_logits(emb, positive)` and `node_loss(node_logits, targets)`"""
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # N nodes; M without chains
+        decode: str = 'leaves',  # from node logits to node probabilities, one of `DECODES`
+        criterion: str = 'bce',  # loss of a cell, one of `CRITERIA`
+        criterion_kw: dict | None = None,  # its settings
+        # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of
+        # nodes, of the tree without chains
+        node_weights: float | str | Sequence[float] | Tensor = 0.5,
+        # (M−1,) how often each node of the tree without chains is true; None: `tree_prior`, until `prepare` counts
+        prior: Tensor | Sequence[float] | None = None,
     ):
         super().__init__(in_features, taxonomy)
-        if len(self.tree) < 2: raise HiermetricError("A head with node logits needs a tree with at least one node below the root.")
+        if len(self.tree) < 2:
+            raise HiermetricError("A head with node logits needs a tree with at least one node below the root.")
         self.decode, self.criterion, self.criterion_kw = choice('decoding', decode, DECODES), criterion, criterion_kw
         self.cell_loss = create_criterion(criterion, **(criterion_kw or {}))
         self.weight_power = float(node_weights) if isinstance(node_weights, (int, float)) else None
@@ -194,164 +237,252 @@ class NodeHead(Head):
         self.register_buffer('prior', _prior(prior, self.tree, taxonomy))
         self.register_buffer('node_weights', _node_weights(node_weights, self.tree, self.prior, taxonomy))
 
-    def train_logits(self, emb:Tensor, positive:Tensor)->Tensor: return self.logits(emb)
-    def sample_weights(self, targets:Tensor)->Tensor|None: return torch.ones(len(targets), device=targets.device)
+    def train_logits(self, emb: Tensor, positive: Tensor) -> Tensor:
+        return self.logits(emb)
+
+    def sample_weights(self, targets: Tensor) -> Tensor | None:
+        return torch.ones(len(targets), device=targets.device)
 
 # %% ../nbs/07_sphere.ipynb #ded09db7
-def _without_chains(tree:Taxonomy, whole:Taxonomy|None)->str: return '' if whole in (None, tree) else ' of the tree without chains'
+def _without_chains(tree: Taxonomy, whole: Taxonomy | None) -> str:
+    return '' if whole in (None, tree) else ' of the tree without chains'
 
-def _prior(p:Tensor|Sequence[float]|None, tax:Taxonomy, whole:Taxonomy|None=None)->Tensor: # (N−1,) float32
+
+def _prior(
+    p: Tensor | Sequence[float] | None, tax: Taxonomy, whole: Taxonomy | None = None
+) -> Tensor:  # (N−1,) float32
     "Looked over"
     p = tree_prior(tax) if p is None else torch.as_tensor(p, dtype=torch.float32).clone()
-    if p.shape != (len(tax)-1,) or not ((p > 0) & (p <= 1)).all(): raise HiermetricError(f"The prior must be {len(tax)-1} probabilities above 0, one for each node below the root{_without_chains(tax, whole)}; got shape {tuple(p.shape)}. `node_frequency` counts them.")
+    if p.shape != (len(tax) - 1,) or not ((p > 0) & (p <= 1)).all():
+        raise HiermetricError(
+            f"The prior must be {len(tax) - 1} probabilities above 0, one for each node below the "
+            f"root{_without_chains(tax, whole)}; got shape {tuple(p.shape)}. `node_frequency` counts them."
+        )
     return p
 
-def _node_weights(w:float|str|Sequence[float]|Tensor, tax:Taxonomy, prior:Tensor|None=None, whole:Taxonomy|None=None)->Tensor: # (N−1,) float32, N−1 in sum
+
+def _node_weights(
+    w: float | str | Sequence[float] | Tensor, tax: Taxonomy, prior: Tensor | None = None, whole: Taxonomy | None = None
+) -> Tensor:  # (N−1,) float32, N−1 in sum
     "Weights by frequency, by level or by node"
-    if isinstance(w, str): return torch.as_tensor(tax.level_weights(w)[1:], dtype=torch.float32)
+    if isinstance(w, str):
+        return torch.as_tensor(tax.level_weights(w)[1:], dtype=torch.float32)
     if isinstance(w, (int, float)):
-        if not math.isfinite(w): raise HiermetricError(f"The power of the node weights must be a number, not {w}; 0 (all equal) to 1 is usual.")
-        w = (tree_prior(tax) if prior is None else prior)**-w
+        if not math.isfinite(w):
+            raise HiermetricError(
+                f"The power of the node weights must be a number, not {w}; 0 (all equal) to 1 is usual."
+            )
+        w = (tree_prior(tax) if prior is None else prior) ** -w
     w = torch.as_tensor(w, dtype=torch.float64)
-    if w.shape == (len(tax)-1,) and w.isfinite().all() and (w >= 0).all() and w.any(): return (w*(w.numel()/w.sum())).float()
-    if w.shape != (tax.height,): raise HiermetricError(f"Node weights must be {len(tax)-1} finite numbers, one for each node below the root{_without_chains(tax, whole)} (or {tax.height}, one for each level), none below 0 and not all 0; got shape {tuple(w.shape)}.")
+    if w.shape == (len(tax) - 1,) and w.isfinite().all() and (w >= 0).all() and w.any():
+        return (w * (w.numel() / w.sum())).float()
+    if w.shape != (tax.height,):
+        raise HiermetricError(
+            f"Node weights must be {len(tax) - 1} finite numbers, one for each node below the "
+            f"root{_without_chains(tax, whole)} (or {tax.height}, one for each level), none below 0 and not all "
+            f"0; got shape {tuple(w.shape)}."
+        )
     return _node_weights(tax.level_weights(w.tolist())[1:], tax)
 
 # %% ../nbs/07_sphere.ipynb #42a13fdf
 @patch
-def prepare(self:NodeHead,
-    emb:Tensor, # (n, D) embeddings of the training split
-    targets:Tensor, # (n,) their node ids
-)->None:
+def prepare(
+    self: NodeHead,
+    emb: Tensor,  # (n, D) embeddings of the training split
+    targets: Tensor,  # (n,) their node ids
+) -> None:
     "Before training: count how often each node is true, for weights that depend on it; a prior that was given stays"
-    if not self.prior_given: self.prior.copy_(node_frequency(self.on_tree(targets), self.tree))
-    if self.weight_power is not None: self.node_weights.copy_(_node_weights(self.weight_power, self.tree, self.prior))
+    if not self.prior_given:
+        self.prior.copy_(node_frequency(self.on_tree(targets), self.tree))
+    if self.weight_power is not None:
+        self.node_weights.copy_(_node_weights(self.weight_power, self.tree, self.prior))
+
 
 @patch
-def node_probs(self:NodeHead,
-    emb:Tensor, # (B, D)
-)->Tensor: # (B, N) root 1, no child above its parent
+def node_probs(
+    self: NodeHead,
+    emb: Tensor,  # (B, D)
+) -> Tensor:  # (B, N) root 1, no child above its parent
     "Coherent probability of every node, by the rule `decode`"
     return self.on_taxonomy(decode_nodes(self._fitting(self(emb)), self.tree, self.decode))
 
+
 @patch
-def loss(self:NodeHead,
-    emb:Tensor, # (B, D)
-    targets:Tensor|Sequence[int], # (B,) node ids, leaves or not
-)->Tensor: # scalar; 0 for an empty batch
+def loss(
+    self: NodeHead,
+    emb: Tensor,  # (B, D)
+    targets: Tensor | Sequence[int],  # (B,) node ids, leaves or not
+) -> Tensor:  # scalar; 0 for an empty batch
     "`node_loss` of the training logits"
-    targets = torch.as_tensor(targets, device=getattr(emb, 'device', None)); self.check(emb, targets)
+    targets = torch.as_tensor(targets, device=getattr(emb, 'device', None))
+    self.check(emb, targets)
     targets = targets.long()
     with torch.autocast(emb.device.type, enabled=False):
-        return self.node_loss(self._fitting(self.train_logits(self.full(emb), path_targets(self.on_tree(targets), self.tree)[0])), targets)
+        return self.node_loss(
+            self._fitting(self.train_logits(self.full(emb), path_targets(self.on_tree(targets), self.tree)[0])), targets
+        )
+
 
 @patch
-def _fitting(self:NodeHead, z:Tensor)->Tensor: # (B, M−1)
+def _fitting(self: NodeHead, z: Tensor) -> Tensor:  # (B, M−1)
     "Looked over"
-    if z.shape[1] == (n := len(self.tree) - 1): return z
-    raise HiermetricError(f"{type(self).__name__} gives {z.shape[1]} node logits, and {n} are wanted, one for each node below the root{_without_chains(self.tree, self.taxonomy)}; make them for `self.tree`.")
+    if z.shape[1] == (n := len(self.tree) - 1):
+        return z
+    raise HiermetricError(
+        f"{type(self).__name__} gives {z.shape[1]} node logits, and {n} are wanted, one for each node below the "
+        f"root{_without_chains(self.tree, self.taxonomy)}; make them for `self.tree`."
+    )
+
 
 @patch
-def node_loss(self:NodeHead,
-    node_logits:Tensor, # (B, M−1)
-    targets:Tensor, # (B,) node ids, leaves or not
-)->Tensor: # scalar, weighted mean over nodes and batch; 0 for an empty batch
+def node_loss(
+    self: NodeHead,
+    node_logits: Tensor,  # (B, M−1)
+    targets: Tensor,  # (B,) node ids, leaves or not
+) -> Tensor:  # scalar, weighted mean over nodes and batch; 0 for an empty batch
     "The criterion on every cell that the labels tell about, @eq-node-loss"
     positive, known = path_targets(self.on_tree(targets), self.tree)
     cells = self.cell_loss(node_logits, positive)
-    if known is not None: cells = cells*known
-    return (cells@self.node_weights.to(cells.dtype)).sum()/max(cells.numel(), 1)
+    if known is not None:
+        cells = cells * known
+    return (cells @ self.node_weights.to(cells.dtype)).sum() / max(cells.numel(), 1)
 
 # %% ../nbs/07_sphere.ipynb #af27cd97
 MARGINS, BIASES, SCALES = ('positives', 'both', 'all'), ('learned', 'fixed', 'none'), ('fixed', 'learned', 'label')
 
+
 class SphereMulti(NodeHead):
     "Hyperspherical multi-label head: node logits s·cos θ + bias, with a margin in training"
-    def __init__(self,
-        in_features:int, # D
-        taxonomy:Taxonomy, # N nodes; M without chains
-        s:float=16., # scale; where it starts, if it is learned
-        m:float=0.1, # margin, radians, in [0, π)
-        margin:str='positives', # who gets it: 'positives' in training, 'both' in training (negatives −m), or 'all', also at inference
-        bias:str='learned', # 'learned' or 'fixed', from the logit of the prior; or 'none'
-        scale:str='fixed', # 'fixed', 'learned' (one number) or 'label' (one for each node)
-        prior:Tensor|Sequence[float]|None=None, # (M−1,) how often each node of the tree without chains is true; None: `tree_prior`, until `prepare` counts
-        tail:str='smooth', # cosine past θ = π − m: 'smooth' or 'jump', see `add_margin`
-        init:str='xavier_uniform', # rule that fills `weight`
-        decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
-        criterion:str='bce', # loss of a cell, one of `CRITERIA`
-        criterion_kw:dict|None=None, # its settings
-        node_weights:float|str|Sequence[float]|Tensor=.5, # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of nodes, of the tree without chains
+
+    def __init__(
+        self,
+        in_features: int,  # D
+        taxonomy: Taxonomy,  # N nodes; M without chains
+        s: float = 16.0,  # scale; where it starts, if it is learned
+        m: float = 0.1,  # margin, radians, in [0, π)
+        # who gets it: 'positives' in training, 'both' in training (negatives −m), or 'all', also at inference
+        margin: str = 'positives',
+        bias: str = 'learned',  # 'learned' or 'fixed', from the logit of the prior; or 'none'
+        scale: str = 'fixed',  # 'fixed', 'learned' (one number) or 'label' (one for each node)
+        # (M−1,) how often each node of the tree without chains is true; None: `tree_prior`, until `prepare` counts
+        prior: Tensor | Sequence[float] | None = None,
+        tail: str = 'smooth',  # cosine past θ = π − m: 'smooth' or 'jump', see `add_margin`
+        init: str = 'xavier_uniform',  # rule that fills `weight`
+        decode: str = 'leaves',  # from node logits to node probabilities, one of `DECODES`
+        criterion: str = 'bce',  # loss of a cell, one of `CRITERIA`
+        criterion_kw: dict | None = None,  # its settings
+        # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of
+        # nodes, of the tree without chains
+        node_weights: float | str | Sequence[float] | Tensor = 0.5,
     ):
         super().__init__(in_features, taxonomy, decode, criterion, criterion_kw, node_weights, prior)
-        if not 0 < s < math.inf: raise HiermetricError(f"The scale s must be a positive number, not {s}; 8 to 64 is usual.")
-        if not 0 <= m < math.pi: raise HiermetricError(f"The margin m must be an angle in [0, π) radians, not {m}; 0 to 0.5 is usual." + (' That looks like degrees.' if m > math.pi else ''))
+        if not 0 < s < math.inf:
+            raise HiermetricError(f"The scale s must be a positive number, not {s}; 8 to 64 is usual.")
+        if not 0 <= m < math.pi:
+            raise HiermetricError(
+                f"The margin m must be an angle in [0, π) radians, not {m}; 0 to 0.5 is usual."
+                + (' That looks like degrees.' if m > math.pi else '')
+            )
         self.s, self.m, self.init, self.tail = float(s), float(m), init, choice('tail', tail, TAILS)
-        self.margin, self.bias, self.scale = choice('margin', margin, MARGINS), choice('bias', bias, BIASES), choice('scale', scale, SCALES)
+        self.margin = choice('margin', margin, MARGINS)
+        self.bias = choice('bias', bias, BIASES)
+        self.scale = choice('scale', scale, SCALES)
         n = len(self.tree) - 1
         self.weight = prototypes(n, in_features, init)
-        self.offset = nn.Parameter(_bias(self.prior) if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned')
-        self.log_s = nn.Parameter(torch.full((n,) if scale == 'label' else (), math.log(s)), requires_grad=scale != 'fixed')
+        self.offset = nn.Parameter(
+            _bias(self.prior) if bias != 'none' else torch.zeros(n), requires_grad=bias == 'learned'
+        )
+        self.log_s = nn.Parameter(
+            torch.full((n,) if scale == 'label' else (), math.log(s)), requires_grad=scale != 'fixed'
+        )
 
 # %% ../nbs/07_sphere.ipynb #56ea6559
-def _bias(prior:Tensor)->Tensor: return prior.clamp(1e-6, .99).logit()
+def _bias(prior: Tensor) -> Tensor:
+    return prior.clamp(1e-6, 0.99).logit()
+
 
 @patch
-def prepare(self:SphereMulti,
-    emb:Tensor, # (n, D) embeddings of the training split
-    targets:Tensor, # (n,) their node ids
-)->None:
+def prepare(
+    self: SphereMulti,
+    emb: Tensor,  # (n, D) embeddings of the training split
+    targets: Tensor,  # (n,) their node ids
+) -> None:
     "Before training: as `NodeHead.prepare`, and the bias starts at the counted frequencies"
     NodeHead.prepare(self, emb, targets)
     if self.bias != 'none':
-        with torch.no_grad(): self.offset.copy_(_bias(self.prior))
+        with torch.no_grad():
+            self.offset.copy_(_bias(self.prior))
 
 # %% ../nbs/07_sphere.ipynb #bc089791
 @patch
-def cosines(self:SphereMulti,
-    emb:Tensor, # (B, D)
-)->Tensor: # (B, M−1)
+def cosines(
+    self: SphereMulti,
+    emb: Tensor,  # (B, D)
+) -> Tensor:  # (B, M−1)
     "Cosine of every embedding with every node's prototype"
     return F.linear(unit(emb), unit(self.full(self.weight)))
 
-@patch
-def affine(self:SphereMulti,
-    cos:Tensor, # (B, M−1)
-)->Tensor: # (B, M−1)
-    "Scale and bias"
-    return self.full(self.log_s).exp()*cos + self.full(self.offset)
 
 @patch
-def logits(self:SphereMulti,
-    emb:Tensor, # (B, D)
-)->Tensor: # (B, M−1)
+def affine(
+    self: SphereMulti,
+    cos: Tensor,  # (B, M−1)
+) -> Tensor:  # (B, M−1)
+    "Scale and bias"
+    return self.full(self.log_s).exp() * cos + self.full(self.offset)
+
+
+@patch
+def logits(
+    self: SphereMulti,
+    emb: Tensor,  # (B, D)
+) -> Tensor:  # (B, M−1)
     "At inference: no margin, but for margin 'all'"
     cos = self.cosines(emb)
     return self.affine(add_margin(cos, self.m, self.tail) if self.margin == 'all' else cos)
 
+
 @patch
-def train_logits(self:SphereMulti,
-    emb:Tensor, # (B, D)
-    positive:Tensor, # (B, M−1) bool
-)->Tensor: # (B, M−1)
+def train_logits(
+    self: SphereMulti,
+    emb: Tensor,  # (B, D)
+    positive: Tensor,  # (B, M−1) bool
+) -> Tensor:  # (B, M−1)
     "In training, @eq-sphere"
-    if self.margin == 'all' or self.m == 0: return self.logits(emb)
+    if self.margin == 'all' or self.m == 0:
+        return self.logits(emb)
     cos = self.cosines(emb)
     other = -add_margin(-cos, self.m, self.tail) if self.margin == 'both' else cos
     return self.affine(torch.where(positive, add_margin(cos, self.m, self.tail), other))
 
 # %% ../nbs/07_sphere.ipynb #7f8f3379
 def sphere_thesis(
-    in_features:int, # D
-    taxonomy:Taxonomy, # N nodes
-    s:float=16., # scale
-    m:float=0.1, # margin, radians, in [0, π)
-    tail:str='smooth', # cosine past θ = π − m: 'smooth' or 'jump', see `add_margin`
-    init:str='xavier_uniform', # rule that fills `weight`
-    decode:str='leaves', # from node logits to node probabilities, one of `DECODES`
-    criterion:str='bce', # loss of a cell, one of `CRITERIA`
-    criterion_kw:dict|None=None, # its settings
-    node_weights:float|str|Sequence[float]|Tensor='uniform', # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of nodes, of the tree without chains
-)->SphereMulti: # margin on every label, also at inference; no bias, fixed scale
+    in_features: int,  # D
+    taxonomy: Taxonomy,  # N nodes
+    s: float = 16.0,  # scale
+    m: float = 0.1,  # margin, radians, in [0, π)
+    tail: str = 'smooth',  # cosine past θ = π − m: 'smooth' or 'jump', see `add_margin`
+    init: str = 'xavier_uniform',  # rule that fills `weight`
+    decode: str = 'leaves',  # from node logits to node probabilities, one of `DECODES`
+    criterion: str = 'bce',  # loss of a cell, one of `CRITERIA`
+    criterion_kw: dict | None = None,  # its settings
+    # a for weights prior^−a, a scheme of `Taxonomy.level_weights`, (H,) weights of levels, or (M−1,) weights of nodes,
+    # of the tree without chains
+    node_weights: float | str | Sequence[float] | Tensor = 'uniform',
+) -> SphereMulti:  # margin on every label, also at inference; no bias, fixed scale
     "@eq-thesis, kept for comparison"
-    return SphereMulti(in_features, taxonomy, s, m, margin='all', bias='none', scale='fixed', tail=tail, init=init, decode=decode, criterion=criterion, criterion_kw=criterion_kw, node_weights=node_weights)
+    return SphereMulti(
+        in_features,
+        taxonomy,
+        s,
+        m,
+        margin='all',
+        bias='none',
+        scale='fixed',
+        tail=tail,
+        init=init,
+        decode=decode,
+        criterion=criterion,
+        criterion_kw=criterion_kw,
+        node_weights=node_weights,
+    )

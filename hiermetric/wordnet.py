@@ -19,92 +19,129 @@ __all__ = ['wordnet_names', 'build_closure', 'wordnet_graph', 'wordnet_taxonomy'
 # %% ../nbs/01_wordnet.ipynb #90ddaa37
 CLOSURE = 'wordnet-imagenet.tsv.gz'
 
-@lru_cache(maxsize=1)
-def _closure()->dict[str,tuple[str,tuple[str,...]]]: # id → (name, ids of the hypernyms)
-    "The carried part of WordNet 3.0: the 1,000 ImageNet ids and all that is above them"
-    text = gzip.decompress((files('hiermetric')/'data'/CLOSURE).read_bytes()).decode()
-    rows = (line.split('\t') for line in text.splitlines())
-    return {wnid: (name, tuple(up.split())) for wnid,name,up in rows}
 
 @lru_cache(maxsize=1)
-def _taken()->frozenset[str]: return frozenset(name for name,_ in _closure().values())
+def _closure() -> dict[str, tuple[str, tuple[str, ...]]]:  # id → (name, ids of the hypernyms)
+    "The carried part of WordNet 3.0: the 1,000 ImageNet ids and all that is above them"
+    text = gzip.decompress((files('hiermetric') / 'data' / CLOSURE).read_bytes()).decode()
+    rows = (line.split('\t') for line in text.splitlines())
+    return {wnid: (name, tuple(up.split())) for wnid, name, up in rows}
+
+
+@lru_cache(maxsize=1)
+def _taken() -> frozenset[str]:
+    return frozenset(name for name, _ in _closure().values())
 
 # %% ../nbs/01_wordnet.ipynb #47aae40a
 @lru_cache(maxsize=1)
-def _corpus()->tuple[bytes,dict[bytes,bytes]]: # the bytes of data.noun, and lemma → its line of index.noun
+def _corpus() -> tuple[bytes, dict[bytes, bytes]]:  # the bytes of data.noun, and lemma → its line of index.noun
     "WordNet's nouns, from wherever nltk keeps its corpora"
     from nltk.data import find
+
     data, index = (find(f'corpora/wordnet/{f}.noun').open().read() for f in ('data', 'index'))
     return data, {line.split(b' ', 1)[0]: line for line in index.splitlines()}
 
-def _read(wnid:str)->tuple[str,int,tuple[str,...]]: # first lemma, number of this sense among the lemma's senses, ids of the hypernyms in source order
+
+def _read(
+    wnid: str,
+) -> tuple[
+    str, int, tuple[str, ...]
+]:  # first lemma, number of this sense among the lemma's senses, ids of the hypernyms in source order
     "A noun synset of nltk's corpus"
-    try: data, index = _corpus()
-    except LookupError as e: raise HiermetricError(f"{wnid!r} is not among or above the 1,000 ImageNet ids that hiermetric carries, and nltk's WordNet corpus, which holds all others, "
-        "was not found: run `python -m nltk.downloader wordnet` once, or let NLTK_DATA name the folder that holds corpora/wordnet.") from e
-    at = int(wnid[1:]); line = data[at:data.find(b'\n', at)].decode()
-    if not line.startswith(wnid[1:]+' '): raise HiermetricError(f"WordNet 3.0 has no noun {wnid!r}; check the id (ids of other WordNet releases differ).")
-    f = line.split(' | ')[0].split(); n = int(f[3], 16); ptr = f[5+2*n:]
+    try:
+        data, index = _corpus()
+    except LookupError as e:
+        raise HiermetricError(
+            f"{wnid!r} is not among or above the 1,000 ImageNet ids that hiermetric carries, and nltk's WordNet "
+            "corpus, which holds all others, "
+            "was not found: run `python -m nltk.downloader wordnet` once, or let NLTK_DATA name the folder that "
+            "holds corpora/wordnet."
+        ) from e
+    at = int(wnid[1:])
+    line = data[at : data.find(b'\n', at)].decode()
+    if not line.startswith(wnid[1:] + ' '):
+        raise HiermetricError(f"WordNet 3.0 has no noun {wnid!r}; check the id (ids of other WordNet releases differ).")
+    f = line.split(' | ')[0].split()
+    n = int(f[3], 16)
+    ptr = f[5 + 2 * n :]
     sense = index[f[4].lower().encode()].split()
-    return f[4].replace('_', ' '), sense[-int(sense[2]):].index(wnid[1:].encode())+1, tuple('n'+ptr[i+1] for i in range(0, len(ptr), 4) if ptr[i] in ('@', '@i'))
+    return (
+        f[4].replace('_', ' '),
+        sense[-int(sense[2]) :].index(wnid[1:].encode()) + 1,
+        tuple('n' + ptr[i + 1] for i in range(0, len(ptr), 4) if ptr[i] in ('@', '@i')),
+    )
 
 # %% ../nbs/01_wordnet.ipynb #fea0ad6f
-def _synset(wnid:str)->tuple[str,tuple[str,...]]: # name, ids of the hypernyms in source order
+def _synset(wnid: str) -> tuple[str, tuple[str, ...]]:  # name, ids of the hypernyms in source order
     "One synset: from the carried closure, else from nltk's corpus"
-    if row := _closure().get(wnid): return row
-    if not (isinstance(wnid, str) and re.fullmatch(r'n\d{8}', wnid, re.ASCII)): raise HiermetricError(f"{wnid!r} is not a WordNet noun id: 'n' and eight digits, such as 'n02084071' (dog).")
+    if row := _closure().get(wnid):
+        return row
+    if not (isinstance(wnid, str) and re.fullmatch(r'n\d{8}', wnid, re.ASCII)):
+        raise HiermetricError(f"{wnid!r} is not a WordNet noun id: 'n' and eight digits, such as 'n02084071' (dog).")
     lemma, sense, up = _read(wnid)
-    return (lemma if sense==1 and lemma not in _taken() else f'{lemma} ({sense})'), up
+    return (lemma if sense == 1 and lemma not in _taken() else f'{lemma} ({sense})'), up
 
 # %% ../nbs/01_wordnet.ipynb #edb24364
 def wordnet_names(
-    wnids:Iterable[str], # WordNet 3.0 noun ids, such as ImageNet's class ids: 'n01443537'
-)->list[str]: # name of each, in the same order: the node names of `wordnet_graph` and `wordnet_taxonomy`
+    wnids: Iterable[str],  # WordNet 3.0 noun ids, such as ImageNet's class ids: 'n01443537'
+) -> list[str]:  # name of each, in the same order: the node names of `wordnet_graph` and `wordnet_taxonomy`
     "Readable, unique name of each id"
     return [_synset(w)[0] for w in _listed(wnids)]
 
 # %% ../nbs/01_wordnet.ipynb #b0745167
-def _listed(wnids:Iterable[str])->list[str]:
+def _listed(wnids: Iterable[str]) -> list[str]:
     "The ids as a list; one id alone, or none, is a mistake"
-    if isinstance(wnids, str): raise HiermetricError(f"A list of ids is wanted, not the one string {wnids!r}.")
-    if not (wnids := list(wnids)): raise HiermetricError("The list of WordNet ids is empty; give one id at least.")
+    if isinstance(wnids, str):
+        raise HiermetricError(f"A list of ids is wanted, not the one string {wnids!r}.")
+    if not (wnids := list(wnids)):
+        raise HiermetricError("The list of WordNet ids is empty; give one id at least.")
     return wnids
 
 # %% ../nbs/01_wordnet.ipynb #4732dcc8
 def build_closure(
-    wnids:Iterable[str], # ids to carry
-    path:str|Path, # the file to write, such as hiermetric/data/wordnet-imagenet.tsv.gz
-)->int: # number of synsets written
+    wnids: Iterable[str],  # ids to carry
+    path: str | Path,  # the file to write, such as hiermetric/data/wordnet-imagenet.tsv.gz
+) -> int:  # number of synsets written
     "Write the ids and everything above them, read from nltk's WordNet corpus, as the table that the package carries"
     rows, todo = {}, _listed(wnids)
     while todo:
         w = todo.pop()
-        if w not in rows: rows[w] = _read(w); todo += rows[w][2]
-    uses = Counter(lemma for lemma,_,_ in rows.values())
-    lines = [f"{w}\t{lemma if uses[lemma]==1 else f'{lemma} ({sense})'}\t{' '.join(up)}\n" for w,(lemma,sense,up) in sorted(rows.items())]
-    with atomic_path(path) as tmp: tmp.write_bytes(gzip.compress(''.join(lines).encode(), mtime=0))
+        if w not in rows:
+            rows[w] = _read(w)
+            todo += rows[w][2]
+    uses = Counter(lemma for lemma, _, _ in rows.values())
+    lines = [
+        f"{w}\t{lemma if uses[lemma] == 1 else f'{lemma} ({sense})'}\t{' '.join(up)}\n"
+        for w, (lemma, sense, up) in sorted(rows.items())
+    ]
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(gzip.compress(''.join(lines).encode(), mtime=0))
     return len(rows)
 
 # %% ../nbs/01_wordnet.ipynb #7d09bee2
 def wordnet_graph(
-    wnids:Iterable[str], # WordNet 3.0 noun ids
-)->LabelGraph: # its nodes are named as by `wordnet_names`
+    wnids: Iterable[str],  # WordNet 3.0 noun ids
+) -> LabelGraph:  # its nodes are named as by `wordnet_names`
     "The ids and everything above them: WordNet's own graph, with several parents where it has several"
-    todo = _listed(wnids); seen, edges = set(todo), []
+    todo = _listed(wnids)
+    seen, edges = set(todo), []
     for w in todo:
         name, up = _synset(w)
         edges += [(_synset(p)[0], name) for p in up]
-        todo += (new := [p for p in up if p not in seen]); seen.update(new)
+        todo += (new := [p for p in up if p not in seen])
+        seen.update(new)
     return LabelGraph(edges, wordnet_names(todo))
 
 # %% ../nbs/01_wordnet.ipynb #c7b088e3
 def wordnet_taxonomy(
-    wnids:Iterable[str], # WordNet 3.0 noun ids
-    policy:str='first', # which of several hypernyms stays, as for `LabelGraph.to_tree`: 'first', 'shortest', 'longest', 'balanced'
-    prune:bool=True, # contract nodes with a single child
-)->Taxonomy: # its nodes are named as by `wordnet_names`
+    wnids: Iterable[str],  # WordNet 3.0 noun ids
+    # which of several hypernyms stays, as for `LabelGraph.to_tree`: 'first', 'shortest', 'longest', 'balanced'
+    policy: str = 'first',
+    prune: bool = True,  # contract nodes with a single child
+) -> Taxonomy:  # its nodes are named as by `wordnet_names`
     "Tree over the ids, each of them a node and nothing below them"
-    wnids = _listed(wnids); classes = list(dict.fromkeys(wordnet_names(wnids)))
+    wnids = _listed(wnids)
+    classes = list(dict.fromkeys(wordnet_names(wnids)))
     tree = wordnet_graph(wnids).to_tree(policy)
     tree = tree.prune(keep=classes) if prune else tree.subset([c for c in classes if not tree.heights[tree.index(c)]])
     return Taxonomy(tree.names, tree.parents, tree.contracted)

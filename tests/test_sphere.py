@@ -1,4 +1,5 @@
 "Hyperspherical multi-label heads: against slow loops, coherence on random trees, and the traps (hiermetric.sphere)"
+
 import itertools, math
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -6,330 +7,682 @@ from hiermetric import heads as heads_module
 from hiermetric.core import HiermetricError
 from hiermetric.heads import EmbeddingNet, Model, create_head
 from hiermetric.metrics import check_node_probs, leaf_distribution
-from hiermetric.sphere import (BIASES, CRITERIA, DECODES, LEAF_SCORES, MARGINS, SCALES, VETO, AsymmetricLoss, FocalLoss, NodeHead, SphereMulti, bce, closure, create_criterion,
-                               decode_nodes, leaf_sums, node_frequency, path_sums, path_targets, sibling_log_softmax, tree_prior)
+from hiermetric.sphere import (
+    BIASES,
+    CRITERIA,
+    DECODES,
+    LEAF_SCORES,
+    MARGINS,
+    SCALES,
+    VETO,
+    AsymmetricLoss,
+    FocalLoss,
+    NodeHead,
+    SphereMulti,
+    bce,
+    closure,
+    create_criterion,
+    decode_nodes,
+    leaf_sums,
+    node_frequency,
+    path_sums,
+    path_targets,
+    sibling_log_softmax,
+    tree_prior,
+)
 from hiermetric.taxonomy import Taxonomy
 
-TAX = Taxonomy.from_paths({'lynx': 'mammal/cat/wild', 'tiger': 'mammal/cat/wild', 'tabby': 'mammal/cat', 'wolf': 'mammal/dog', 'fox': 'mammal/dog', 'owl': 'bird', 'wren': 'bird', 'stone': ''})
+TAX = Taxonomy.from_paths(
+    {
+        'lynx': 'mammal/cat/wild',
+        'tiger': 'mammal/cat/wild',
+        'tabby': 'mammal/cat',
+        'wolf': 'mammal/dog',
+        'fox': 'mammal/dog',
+        'owl': 'bird',
+        'wren': 'bird',
+        'stone': '',
+    }
+)
 N, D = len(TAX), 16
 LEAVES = TAX.tensor('leaves')
+
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     "The heads of this chapter by name, whether or not the table has them yet"
-    for name, path in (('sphere_multi', 'SphereMulti'), ('sphere_thesis', 'sphere_thesis')): monkeypatch.setitem(heads_module.HEADS.entries, name, (f'hiermetric.sphere.{path}', ''))
+    for name, path in (('sphere_multi', 'SphereMulti'), ('sphere_thesis', 'sphere_thesis')):
+        monkeypatch.setitem(heads_module.HEADS.entries, name, (f'hiermetric.sphere.{path}', ''))
+
 
 @st.composite
 def trees(draw, most=14):
     "Any rooted tree of 2 … `most` nodes"
     n = draw(st.integers(2, most))
-    return Taxonomy([str(i) for i in range(n)], [-1] + [draw(st.integers(0, i-1)) for i in range(1, n)])
+    return Taxonomy([str(i) for i in range(n)], [-1] + [draw(st.integers(0, i - 1)) for i in range(1, n)])
+
 
 def up(tax, i):
     "Nodes from `i` to just below the root, by the definition of a parent"
     out = []
-    while i > 0: out.append(i); i = int(tax.parents[i])
+    while i > 0:
+        out.append(i)
+        i = int(tax.parents[i])
     return out
 
-def randn(*shape, seed=0, dtype=torch.float64): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
 
 # targets
+
 
 @settings(max_examples=50, deadline=None)
 @given(tax=trees(), data=st.data())
 def test_path_targets_are_the_slow_ones(tax, data):
-    t = data.draw(st.lists(st.integers(0, len(tax)-1), min_size=1, max_size=6))
+    t = data.draw(st.lists(st.integers(0, len(tax) - 1), min_size=1, max_size=6))
     positive, known = path_targets(torch.tensor(t), tax)
     assert (known is None) == all(tax.heights[v] == 0 for v in t)
     for b, v in enumerate(t):
         for i in range(1, len(tax)):
-            assert positive[b, i-1] == (i in up(tax, v))
-            if known is not None: assert known[b, i-1] == (i == v or v not in [*up(tax, i), 0])
+            assert positive[b, i - 1] == (i in up(tax, v))
+            if known is not None:
+                assert known[b, i - 1] == (i == v or v not in [*up(tax, i), 0])
+
 
 # criteria
 
-def slow_cell(name, z, yes, gamma=2., gamma_neg=4., gamma_pos=1., clip=.05):
-    p = 1/(1 + math.exp(-z)); right = p if yes else 1/(1 + math.exp(z))
-    if name == 'bce': return -math.log(right)
-    if name == 'focal': return -(1 - right)**gamma*math.log(right)
-    if yes: return -(1 - p)**gamma_pos*math.log(p)
-    p = max(p - clip, 0.)
-    return -p**gamma_neg*math.log(1 - p)
 
-@pytest.mark.parametrize('name,kw', [('bce', {}), ('focal', {}), ('focal', dict(gamma=.5)), ('asymmetric', {}), ('asymmetric', dict(gamma_neg=.5, gamma_pos=0., clip=0.)), ('asymmetric', dict(gamma_neg=0., gamma_pos=3., clip=.3))])
+def slow_cell(name, z, yes, gamma=2.0, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
+    p = 1 / (1 + math.exp(-z))
+    right = p if yes else 1 / (1 + math.exp(z))
+    if name == 'bce':
+        return -math.log(right)
+    if name == 'focal':
+        return -((1 - right) ** gamma) * math.log(right)
+    if yes:
+        return -((1 - p) ** gamma_pos) * math.log(p)
+    p = max(p - clip, 0.0)
+    return -(p**gamma_neg) * math.log(1 - p)
+
+
+@pytest.mark.parametrize(
+    'name,kw',
+    [
+        ('bce', {}),
+        ('focal', {}),
+        ('focal', dict(gamma=0.5)),
+        ('asymmetric', {}),
+        ('asymmetric', dict(gamma_neg=0.5, gamma_pos=0.0, clip=0.0)),
+        ('asymmetric', dict(gamma_neg=0.0, gamma_pos=3.0, clip=0.3)),
+    ],
+)
 def test_criteria_are_the_slow_ones(name, kw):
     z = torch.linspace(-9, 9, 73, dtype=torch.float64)
     for yes in (True, False):
         got = create_criterion(name, **kw)(z, torch.full(z.shape, yes))
         assert got.tolist() == pytest.approx([slow_cell(name, o, yes, **kw) for o in z.tolist()], rel=1e-9, abs=1e-12)
 
-@pytest.mark.parametrize('name,kw', [('bce', {}), ('focal', {}), ('focal', dict(gamma=.5)), ('asymmetric', {}), ('asymmetric', dict(gamma_neg=.5, gamma_pos=.5)), ('asymmetric', dict(gamma_neg=.5, clip=0.)), ('asymmetric', dict(gamma_neg=0.))])
+
+@pytest.mark.parametrize(
+    'name,kw',
+    [
+        ('bce', {}),
+        ('focal', {}),
+        ('focal', dict(gamma=0.5)),
+        ('asymmetric', {}),
+        ('asymmetric', dict(gamma_neg=0.5, gamma_pos=0.5)),
+        ('asymmetric', dict(gamma_neg=0.5, clip=0.0)),
+        ('asymmetric', dict(gamma_neg=0.0)),
+    ],
+)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_criteria_are_finite_and_point_the_right_way(name, kw, dtype):
-    z = torch.tensor([-1e4, -200., -88., -20., -1., 0., 1., 20., 88., 200., 1e4], dtype=dtype, requires_grad=True)
+    z = torch.tensor(
+        [-1e4, -200.0, -88.0, -20.0, -1.0, 0.0, 1.0, 20.0, 88.0, 200.0, 1e4], dtype=dtype, requires_grad=True
+    )
     for yes in (True, False):
-        l = create_criterion(name, **kw)(z, torch.full(z.shape, yes)); g, = torch.autograd.grad(l.sum(), z)
+        l = create_criterion(name, **kw)(z, torch.full(z.shape, yes))
+        (g,) = torch.autograd.grad(l.sum(), z)
         assert l.isfinite().all() and g.isfinite().all() and (l >= 0).all()
-        if name == 'bce' or (name == 'focal' and yes): assert (g <= 0).all() if yes else (g >= 0).all()
+        if name == 'bce' or (name == 'focal' and yes):
+            assert (g <= 0).all() if yes else (g >= 0).all()
+
 
 @pytest.mark.parametrize('name', CRITERIA)
 def test_criteria_gradcheck(name):
-    z = 3*randn(40, seed=1); y = randn(40, seed=2) > 0
+    z = 3 * randn(40, seed=1)
+    y = randn(40, seed=2) > 0
     assert torch.autograd.gradcheck(lambda o: create_criterion(name)(o, y), z.requires_grad_())
+
 
 def test_criteria_special_cases():
     z, y = randn(50), randn(50, seed=1) > 0
-    assert torch.allclose(FocalLoss(0.)(z, y), F.binary_cross_entropy_with_logits(z, y.double(), reduction='none'))
-    assert torch.allclose(AsymmetricLoss(0., 0., 0.)(z, y), bce(z, y)) and torch.allclose(AsymmetricLoss(2., 2., 0.)(z, y), FocalLoss(2.)(z, y))
-    easy = torch.full((3,), math.log(.05/.95) - 1e-6, dtype=torch.float64, requires_grad=True)   # just under the clip
-    l = AsymmetricLoss()(easy, torch.zeros(3).bool()); l.sum().backward(); assert l.abs().max() < 1e-20 and easy.grad.abs().max() == 0
-    for bad in (lambda: FocalLoss(-1.), lambda: FocalLoss(math.nan), lambda: AsymmetricLoss(clip=1.), lambda: AsymmetricLoss(gamma_neg=-1.), lambda: create_criterion('bce', gamma=2), lambda: create_criterion('nll')):
-        with pytest.raises(HiermetricError): bad()
+    assert torch.allclose(FocalLoss(0.0)(z, y), F.binary_cross_entropy_with_logits(z, y.double(), reduction='none'))
+    assert torch.allclose(AsymmetricLoss(0.0, 0.0, 0.0)(z, y), bce(z, y)) and torch.allclose(
+        AsymmetricLoss(2.0, 2.0, 0.0)(z, y), FocalLoss(2.0)(z, y)
+    )
+    easy = torch.full(
+        (3,), math.log(0.05 / 0.95) - 1e-6, dtype=torch.float64, requires_grad=True
+    )  # just under the clip
+    l = AsymmetricLoss()(easy, torch.zeros(3).bool())
+    l.sum().backward()
+    assert l.abs().max() < 1e-20 and easy.grad.abs().max() == 0
+    for bad in (
+        lambda: FocalLoss(-1.0),
+        lambda: FocalLoss(math.nan),
+        lambda: AsymmetricLoss(clip=1.0),
+        lambda: AsymmetricLoss(gamma_neg=-1.0),
+        lambda: create_criterion('bce', gamma=2),
+        lambda: create_criterion('nll'),
+    ):
+        with pytest.raises(HiermetricError):
+            bad()
+
 
 # decodings
 
+
 def slow_scores(how, z, tax):
     "The table of the chapter, leaf by leaf, from (N−1,) logits"
-    z = z.tolist(); sig = lambda x: 1/(1 + math.exp(-x)) if x > -700 else 0.
+    z = z.tolist()
+    sig = lambda x: 1 / (1 + math.exp(-x)) if x > -700 else 0.0
     logsig = lambda x: -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
     def family(i):
-        kin = [j for j in range(1, len(tax)) if tax.parents[j] == tax.parents[i]]; top = max(z[j-1] for j in kin)
-        return z[i-1] - top - math.log(sum(math.exp(z[j-1] - top) for j in kin))
+        kin = [j for j in range(1, len(tax)) if tax.parents[j] == tax.parents[i]]
+        top = max(z[j - 1] for j in kin)
+        return z[i - 1] - top - math.log(sum(math.exp(z[j - 1] - top) for j in kin))
+
     out = []
     for leaf in tax.leaves.tolist():
-        path = up(tax, leaf); above = path[1:]
-        out.append({'leaves': lambda: z[leaf-1], 'sigmoid': lambda: logsig(z[leaf-1]), 'path': lambda: sum(z[i-1] for i in path), 'product': lambda: sum(logsig(z[i-1]) for i in path),
-                    'mean': lambda: sum(logsig(z[i-1]) for i in path)/len(path), 'siblings': lambda: sum(map(family, path)),
-                    'veto': lambda: z[leaf-1] + (VETO*sum(logsig(z[i-1]) for i in above)/len(above) if above else 0.)}[how]())
+        path = up(tax, leaf)
+        above = path[1:]
+        out.append(
+            {
+                'leaves': lambda: z[leaf - 1],
+                'sigmoid': lambda: logsig(z[leaf - 1]),
+                'path': lambda: sum(z[i - 1] for i in path),
+                'product': lambda: sum(logsig(z[i - 1]) for i in path),
+                'mean': lambda: sum(logsig(z[i - 1]) for i in path) / len(path),
+                'siblings': lambda: sum(map(family, path)),
+                'veto': lambda: (
+                    z[leaf - 1] + (VETO * sum(logsig(z[i - 1]) for i in above) / len(above) if above else 0.0)
+                ),
+            }[how]()
+        )
     return out
 
+
 @settings(max_examples=40, deadline=None)
-@given(tax=trees(), seed=st.integers(0, 999), size=st.sampled_from([.1, 3., 30.]))
+@given(tax=trees(), seed=st.integers(0, 999), size=st.sampled_from([0.1, 3.0, 30.0]))
 def test_decodings_are_the_slow_ones(tax, seed, size):
-    z = size*randn(3, len(tax)-1, seed=seed)
+    z = size * randn(3, len(tax) - 1, seed=seed)
     for how in DECODES:
-        p = decode_nodes(z, tax, how); assert p.shape == (3, len(tax)) and p.dtype == torch.float64
+        p = decode_nodes(z, tax, how)
+        assert p.shape == (3, len(tax)) and p.dtype == torch.float64
         for b in range(3):
             if how in LEAF_SCORES:
-                s = np.array(slow_scores(how, z[b], tax)); leaf = np.exp(s - s.max()); leaf /= leaf.sum()
+                s = np.array(slow_scores(how, z[b], tax))
+                leaf = np.exp(s - s.max())
+                leaf /= leaf.sum()
                 want = [sum(q for q, l in zip(leaf, tax.leaves) if i <= l <= tax.last[i]) for i in range(len(tax))]
-            elif how == 'closure': want = [1.] + [max(torch.sigmoid(z[b, j-1]).item() for j in range(1, len(tax)) if i in up(tax, j)) for i in range(1, len(tax))]
-            else: want = [math.prod(torch.sigmoid(z[b, j-1]).item() for j in up(tax, i)) for i in range(len(tax))]
+            elif how == 'closure':
+                want = [1.0] + [
+                    max(torch.sigmoid(z[b, j - 1]).item() for j in range(1, len(tax)) if i in up(tax, j))
+                    for i in range(1, len(tax))
+                ]
+            else:
+                want = [math.prod(torch.sigmoid(z[b, j - 1]).item() for j in up(tax, i)) for i in range(len(tax))]
             assert p[b].tolist() == pytest.approx(want, rel=1e-6, abs=1e-9)
+
 
 @settings(max_examples=40, deadline=None)
 @given(tax=trees(), seed=st.integers(0, 999))
 def test_sums_and_maxima_are_the_slow_ones(tax, seed):
     "Of the root, too, and of more than two dimensions"
-    x = randn(2, 3, len(tax), seed=seed); got = closure(x, tax); sums = path_sums(x, tax)
-    for i in range(len(tax)): assert torch.equal(got[..., i], x[..., i:tax.last[i]+1].amax(-1))
-    for i in range(len(tax)): assert torch.allclose(sums[..., i], x[..., 0] + sum(x[..., j] for j in up(tax, i)))
+    x = randn(2, 3, len(tax), seed=seed)
+    got = closure(x, tax)
+    sums = path_sums(x, tax)
+    for i in range(len(tax)):
+        assert torch.equal(got[..., i], x[..., i : tax.last[i] + 1].amax(-1))
+    for i in range(len(tax)):
+        assert torch.allclose(sums[..., i], x[..., 0] + sum(x[..., j] for j in up(tax, i)))
+
 
 @settings(max_examples=60, deadline=None)
-@given(tax=trees(30), seed=st.integers(0, 999), size=st.sampled_from([0., 1., 30., 1e4]), dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    tax=trees(30),
+    seed=st.integers(0, 999),
+    size=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_decodings_are_coherent_on_any_tree(tax, seed, size, dtype):
     "Also for absurd logits: finite, in [0, 1], root 1, no child above its parent"
-    z = size*randn(5, len(tax)-1, seed=seed, dtype=dtype); z[0] = size; z[1] = -size
+    z = size * randn(5, len(tax) - 1, seed=seed, dtype=dtype)
+    z[0] = size
+    z[1] = -size
     for how in DECODES:
-        p = decode_nodes(z, tax, how); assert p.dtype == dtype and p.isfinite().all()
+        p = decode_nodes(z, tax, how)
+        assert p.dtype == dtype and p.isfinite().all()
         check_node_probs(p, tax, tol=1e-6)
-        if how in LEAF_SCORES: assert torch.allclose(p[:, tax.tensor('leaves')].sum(1), torch.ones(5, dtype=dtype), atol=1e-5)
+        if how in LEAF_SCORES:
+            assert torch.allclose(p[:, tax.tensor('leaves')].sum(1), torch.ones(5, dtype=dtype), atol=1e-5)
+
 
 def test_path_is_independent_answers_conditioned_on_a_path():
     "Every combination of answers, weighed by the independent probabilities; only root paths are kept"
-    z = 2*randn(4, N-1); combos = torch.tensor([*itertools.product([False, True], repeat=N-1)])
+    z = 2 * randn(4, N - 1)
+    combos = torch.tensor([*itertools.product([False, True], repeat=N - 1)])
     paths = {tuple(i in up(TAX, leaf) for i in range(1, N)): c for c, leaf in enumerate(TAX.leaves.tolist())}
     kept = torch.zeros(4, TAX.n_leaves, dtype=torch.float64)
     for o in combos:
-        if tuple(o.tolist()) in paths: kept[:, paths[tuple(o.tolist())]] = torch.where(o, z.sigmoid(), 1 - z.sigmoid()).prod(1)
-    assert torch.allclose(decode_nodes(z, TAX, 'path')[:, LEAVES], kept/kept.sum(1, keepdim=True))
+        if tuple(o.tolist()) in paths:
+            kept[:, paths[tuple(o.tolist())]] = torch.where(o, z.sigmoid(), 1 - z.sigmoid()).prod(1)
+    assert torch.allclose(decode_nodes(z, TAX, 'path')[:, LEAVES], kept / kept.sum(1, keepdim=True))
+
 
 def test_closure_and_conditional_rank_leaves_as_sigmoid_and_product():
-    z = 3*randn(20, N-1)
-    for how, same in (('closure', 'sigmoid'), ('conditional', 'product')): assert torch.allclose(leaf_distribution(decode_nodes(z, TAX, how), TAX), decode_nodes(z, TAX, same)[:, LEAVES])
-    own = z[:, LEAVES-1].argmax(1)
-    for how in ('leaves', 'sigmoid', 'closure'): assert torch.equal(decode_nodes(z, TAX, how)[:, LEAVES].argmax(1), own)
+    z = 3 * randn(20, N - 1)
+    for how, same in (('closure', 'sigmoid'), ('conditional', 'product')):
+        assert torch.allclose(leaf_distribution(decode_nodes(z, TAX, how), TAX), decode_nodes(z, TAX, same)[:, LEAVES])
+    own = z[:, LEAVES - 1].argmax(1)
+    for how in ('leaves', 'sigmoid', 'closure'):
+        assert torch.equal(decode_nodes(z, TAX, how)[:, LEAVES].argmax(1), own)
+
 
 def test_tree_sums_maxima_and_families_have_right_gradients():
-    z = randn(2, N-1).requires_grad_(); x = randn(2, N, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda o: path_sums(o, TAX), x) and torch.autograd.gradcheck(lambda o: leaf_sums(o, TAX), z) and torch.autograd.gradcheck(lambda o: sibling_log_softmax(o, TAX), z) and torch.autograd.gradcheck(lambda o: closure(o, TAX), x)
-    for how in DECODES: assert torch.autograd.gradcheck(lambda o: decode_nodes(o, TAX, how), z)
+    z = randn(2, N - 1).requires_grad_()
+    x = randn(2, N, seed=1).requires_grad_()
+    assert (
+        torch.autograd.gradcheck(lambda o: path_sums(o, TAX), x)
+        and torch.autograd.gradcheck(lambda o: leaf_sums(o, TAX), z)
+        and torch.autograd.gradcheck(lambda o: sibling_log_softmax(o, TAX), z)
+        and torch.autograd.gradcheck(lambda o: closure(o, TAX), x)
+    )
+    for how in DECODES:
+        assert torch.autograd.gradcheck(lambda o: decode_nodes(o, TAX, how), z)
+
 
 def test_decodings_keep_memory_linear():
-    "A star, deep combs and chains, of 3,000 nodes each: nothing of size N × N or N × H is built (a step over heights, not over nodes, is all that depth costs)"
+    """A star, deep combs and chains, of 3,000 nodes each: nothing of size N × N or N × H is built (a step over heights,
+    not over nodes, is all that depth costs)"""
     from torch.utils._python_dispatch import TorchDispatchMode
+
     class Largest(TorchDispatchMode):
         n = 0
+
         def __torch_dispatch__(self, f, types, args=(), kw=None):
             out = f(*args, **(kw or {}))
             for o in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(o, torch.Tensor): self.n = max(self.n, o.untyped_storage().nbytes()//o.element_size())
+                if isinstance(o, torch.Tensor):
+                    self.n = max(self.n, o.untyped_storage().nbytes() // o.element_size())
             return out
+
     n = 3000
-    comb = [2*(k - 30) + 1 if k >= 30 else 0 for k in ((i - 1)//2 for i in range(1, n + 1))]
-    for m, up, kept in ((n, [0]*(n-1), n), (n + 1, comb, n + 1), (n, [max(0, i-30) for i in range(1, n)], 31)):
-        tax = Taxonomy([str(i) for i in range(m)], [-1, *up]); assert len(tax.chainless) == kept
-        head = SphereMulti(4, tax); e = torch.randn(2, 4); t = tax.tensor('leaves')[:2]
-        for o in ('parents', 'last', 'heights', 'depths', 'leaves', 'leaf_start', 'leaf_stop', 'leaf_column'): tax.tensor(o)
+    comb = [2 * (k - 30) + 1 if k >= 30 else 0 for k in ((i - 1) // 2 for i in range(1, n + 1))]
+    for m, up, kept in ((n, [0] * (n - 1), n), (n + 1, comb, n + 1), (n, [max(0, i - 30) for i in range(1, n)], 31)):
+        tax = Taxonomy([str(i) for i in range(m)], [-1, *up])
+        assert len(tax.chainless) == kept
+        head = SphereMulti(4, tax)
+        e = torch.randn(2, 4)
+        t = tax.tensor('leaves')[:2]
+        for o in ('parents', 'last', 'heights', 'depths', 'leaves', 'leaf_start', 'leaf_stop', 'leaf_column'):
+            tax.tensor(o)
         with Largest() as seen:
             head.loss(e, t).backward()
-            for how in DECODES: decode_nodes(head(e), head.tree, how)
+            for how in DECODES:
+                decode_nodes(head(e), head.tree, how)
             assert head.node_probs(e).shape == (2, m)
-        assert seen.n <= 4*n
+        assert seen.n <= 4 * n
+
 
 # heads
 
-def make(**kw): torch.manual_seed(0); return SphereMulti(D, TAX, **kw)
+
+def make(**kw):
+    torch.manual_seed(0)
+    return SphereMulti(D, TAX, **kw)
+
+
 SWITCHES = [dict(margin=m, bias=b, scale=s) for m in MARGINS for b in BIASES for s in SCALES]
 
+
 def psi(angle):
-    k = math.floor(angle/math.pi); return (-1)**k*math.cos(angle) - 2*k
+    k = math.floor(angle / math.pi)
+    return (-1) ** k * math.cos(angle) - 2 * k
+
 
 def slow_logit(head, x, i, yes=None):
     "Logit of node i; `yes` is its label in training, None at inference"
-    w = head.weight[i-1].tolist(); c = sum(a*b for a, b in zip(x, w))/math.sqrt(sum(a*a for a in x)*sum(b*b for b in w))
-    th = math.acos(max(-1., min(1., c))); c = math.cos(th)
-    if head.margin == 'all' or (yes and head.m): c = psi(th + head.m)
-    elif yes is False and head.margin == 'both': c = -psi(math.pi - th + head.m)
-    s = head.log_s.exp(); s = s[i-1].item() if s.ndim else s.item()
-    return s*c + head.offset[i-1].item()
+    w = head.weight[i - 1].tolist()
+    c = sum(a * b for a, b in zip(x, w)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in w))
+    th = math.acos(max(-1.0, min(1.0, c)))
+    c = math.cos(th)
+    if head.margin == 'all' or (yes and head.m):
+        c = psi(th + head.m)
+    elif yes is False and head.margin == 'both':
+        c = -psi(math.pi - th + head.m)
+    s = head.log_s.exp()
+    s = s[i - 1].item() if s.ndim else s.item()
+    return s * c + head.offset[i - 1].item()
+
 
 def slow_loss(head, emb, targets):
-    total = 0.
+    total = 0.0
     for x, v in zip(emb.tolist(), targets.tolist()):
         for i in range(1, N):
-            if i != v and v in [*up(TAX, i), 0]: continue
+            if i != v and v in [*up(TAX, i), 0]:
+                continue
             yes = i in up(TAX, v)
-            total += head.node_weights[i-1].item()*slow_cell(head.criterion, slow_logit(head, x, i, yes), yes)
-    return total/(len(emb)*(N-1))
+            total += head.node_weights[i - 1].item() * slow_cell(head.criterion, slow_logit(head, x, i, yes), yes)
+    return total / (len(emb) * (N - 1))
+
 
 @pytest.mark.parametrize('kw', SWITCHES, ids=lambda kw: '-'.join(kw.values()))
 @settings(max_examples=4, deadline=None)
-@given(seed=st.integers(0, 999), criterion=st.sampled_from([*CRITERIA]), weights=st.sampled_from([.75, 0, 'deep', [1., 0., 2., 1.], [float(i) for i in range(N-1)]]), m=st.sampled_from([0., .3, 1.]))
+@given(
+    seed=st.integers(0, 999),
+    criterion=st.sampled_from([*CRITERIA]),
+    weights=st.sampled_from([0.75, 0, 'deep', [1.0, 0.0, 2.0, 1.0], [float(i) for i in range(N - 1)]]),
+    m=st.sampled_from([0.0, 0.3, 1.0]),
+)
 def test_loss_is_the_slow_loss(kw, seed, criterion, weights, m):
-    head = make(s=4., m=m, criterion=criterion, node_weights=weights, **kw).double()
-    with torch.no_grad(): head.offset += .1*randn(N-1, seed=seed); head.log_s += .1*randn(*head.log_s.shape, seed=seed)
-    x = randn(6, D, seed=seed); t = torch.randint(0, N, (6,), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad(): x[0] = .1*x[0] + head.weight[3]; x[1] = .1*x[1] - head.weight[3]; t[0] = t[1] = 4   # in both tails of the margin
+    head = make(s=4.0, m=m, criterion=criterion, node_weights=weights, **kw).double()
+    with torch.no_grad():
+        head.offset += 0.1 * randn(N - 1, seed=seed)
+        head.log_s += 0.1 * randn(*head.log_s.shape, seed=seed)
+    x = randn(6, D, seed=seed)
+    t = torch.randint(0, N, (6,), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        x[0] = 0.1 * x[0] + head.weight[3]
+        x[1] = 0.1 * x[1] - head.weight[3]
+        t[0] = t[1] = 4  # in both tails of the margin
     assert head.loss(x, t).item() == pytest.approx(slow_loss(head, x, t), rel=1e-5)
-    assert head(x)[2].tolist() == pytest.approx([slow_logit(head, x[2].tolist(), i) for i in range(1, N)], rel=1e-6, abs=1e-8)
+    assert head(x)[2].tolist() == pytest.approx(
+        [slow_logit(head, x[2].tolist(), i) for i in range(1, N)], rel=1e-6, abs=1e-8
+    )
 
-@pytest.mark.parametrize('kw,criterion', [*((kw, 'bce') for kw in SWITCHES), ({}, 'focal'), ({}, 'asymmetric'), (dict(margin='both'), 'asymmetric')], ids=str)
+
+@pytest.mark.parametrize(
+    'kw,criterion',
+    [*((kw, 'bce') for kw in SWITCHES), ({}, 'focal'), ({}, 'asymmetric'), (dict(margin='both'), 'asymmetric')],
+    ids=str,
+)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_degenerate_inputs_are_finite(kw, criterion, dtype):
-    "On the prototype, opposite to it, beside it, without direction; leaf and inner labels; plain and under bfloat16 autocast"
-    for s in (1., 128.):
-        head = make(s=s, m=.5, criterion=criterion, **kw); w = head.weight.detach()
-        e = torch.cat([w, 3*w, -w, 1e3*w, w + 1e-7, w + 1e-4*torch.randn(w.shape), torch.zeros_like(w), 1e-7*w, 1e-30*w]).to(dtype); t = torch.arange(1, N).repeat(9)
+    """On the prototype, opposite to it, beside it, without direction; leaf and inner labels; plain and under bfloat16
+    autocast"""
+    for s in (1.0, 128.0):
+        head = make(s=s, m=0.5, criterion=criterion, **kw)
+        w = head.weight.detach()
+        e = torch.cat(
+            [w, 3 * w, -w, 1e3 * w, w + 1e-7, w + 1e-4 * torch.randn(w.shape), torch.zeros_like(w), 1e-7 * w, 1e-30 * w]
+        ).to(dtype)
+        t = torch.arange(1, N).repeat(9)
         for auto in (False, True):
-            x = e.clone().requires_grad_(); head.zero_grad()
-            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=auto): l, z = head.loss(x, t), head(x)
-            l.backward(); grads = [x.grad, *(o.grad for o in head.parameters() if o.requires_grad)]
-            assert l.dtype == z.dtype == torch.float32 and l.isfinite() and l >= 0 and z.isfinite().all() and all(g is not None and g.isfinite().all() for g in grads)
-            if not auto: want = head.double().loss(e.double(), t); head.float(); assert l.item() == pytest.approx(want.item(), rel=1e-3)
+            x = e.clone().requires_grad_()
+            head.zero_grad()
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=auto):
+                l, z = head.loss(x, t), head(x)
+            l.backward()
+            grads = [x.grad, *(o.grad for o in head.parameters() if o.requires_grad)]
+            assert (
+                l.dtype == z.dtype == torch.float32
+                and l.isfinite()
+                and l >= 0
+                and z.isfinite().all()
+                and all(g is not None and g.isfinite().all() for g in grads)
+            )
+            if not auto:
+                want = head.double().loss(e.double(), t)
+                head.float()
+                assert l.item() == pytest.approx(want.item(), rel=1e-3)
+
 
 def test_logits_do_not_lose_bits_under_autocast():
-    head = make(s=64.); x = torch.randn(32, D)
-    with torch.autocast('cpu', dtype=torch.bfloat16): z, l, p = head(x), head.loss(x, LEAVES.repeat(4)), head.node_probs(x)
-    assert torch.equal(z, head(x)) and torch.equal(l, head.loss(x, LEAVES.repeat(4))) and torch.equal(p, head.node_probs(x))
+    head = make(s=64.0)
+    x = torch.randn(32, D)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        z, l, p = head(x), head.loss(x, LEAVES.repeat(4)), head.node_probs(x)
+    assert (
+        torch.equal(z, head(x))
+        and torch.equal(l, head.loss(x, LEAVES.repeat(4)))
+        and torch.equal(p, head.node_probs(x))
+    )
+
 
 def test_gradcheck_of_the_whole_head():
-    for kw in (dict(margin='positives'), dict(margin='both', scale='label'), dict(margin='all', criterion='asymmetric')):
-        head = make(m=.3, **kw).double(); t = torch.tensor([1, 3, 7, 9]); x = randn(4, D).requires_grad_()
+    for kw in (
+        dict(margin='positives'),
+        dict(margin='both', scale='label'),
+        dict(margin='all', criterion='asymmetric'),
+    ):
+        head = make(m=0.3, **kw).double()
+        t = torch.tensor([1, 3, 7, 9])
+        x = randn(4, D).requires_grad_()
         names, values = zip(*((k, v.detach().clone().requires_grad_()) for k, v in head.named_parameters()))
-        assert torch.autograd.gradcheck(lambda e, *ps: torch.func.functional_call(_Loss(head), {f'head.{k}': p for k, p in zip(names, ps)}, (e, t)), (x, *values), fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda e, *ps: torch.func.functional_call(_Loss(head), {f'head.{k}': p for k, p in zip(names, ps)}, (e, t)),
+            (x, *values),
+            fast_mode=True,
+        )
+
 
 class _Loss(torch.nn.Module):
-    def __init__(self, head): super().__init__(); self.head = head
-    def forward(self, e, t): return self.head.loss(e, t)
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, e, t):
+        return self.head.loss(e, t)
+
 
 def test_margin_lowers_positives_only():
-    x = torch.randn(40, D); t = LEAVES.repeat(5); positive = path_targets(t, TAX)[0]
-    head = make(m=.2); plain, trained = head(x), head.train_logits(x, positive)
+    x = torch.randn(40, D)
+    t = LEAVES.repeat(5)
+    positive = path_targets(t, TAX)[0]
+    head = make(m=0.2)
+    plain, trained = head(x), head.train_logits(x, positive)
     assert (trained < plain)[positive].all() and torch.equal(trained[~positive], plain[~positive])
-    head = make(m=.2, margin='both'); trained = head.train_logits(x, positive)
+    head = make(m=0.2, margin='both')
+    trained = head.train_logits(x, positive)
     assert (trained < plain)[positive].all() and (trained > plain)[~positive].all()
-    assert torch.equal(make(m=.2, margin='all')(x), make(m=.2, margin='all').train_logits(x, positive))
+    assert torch.equal(make(m=0.2, margin='all')(x), make(m=0.2, margin='all').train_logits(x, positive))
+
 
 @pytest.mark.parametrize('margin', MARGINS)
 def test_training_logit_is_monotone_and_continuous_in_the_angle(margin):
     "Also past π − m for positives and below m for negatives"
-    th = torch.linspace(0, math.pi, 5001, dtype=torch.float64); x = torch.stack([th.cos(), th.sin()], 1)
-    head = SphereMulti(2, Taxonomy.from_paths({'a': '', 'b': ''}), s=1., m=.6, margin=margin, bias='none').double()
-    with torch.no_grad(): head.weight.copy_(torch.tensor([[1., 0.], [1., 0.]]))
+    th = torch.linspace(0, math.pi, 5001, dtype=torch.float64)
+    x = torch.stack([th.cos(), th.sin()], 1)
+    head = SphereMulti(2, Taxonomy.from_paths({'a': '', 'b': ''}), s=1.0, m=0.6, margin=margin, bias='none').double()
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     z = head.train_logits(x, torch.tensor([[True, False]]).expand(5001, 2)).diff(dim=0)
-    assert (z <= 1e-12).all() and z.abs().max() <= math.pi/5000 + 1e-7
+    assert (z <= 1e-12).all() and z.abs().max() <= math.pi / 5000 + 1e-7
+
 
 def test_unknown_cells_send_no_gradient():
     "A picture of 'cat' says nothing about lynx, tiger, tabby, and the root's label says nothing at all"
-    head = make(bias='learned', scale='label'); x = torch.randn(3, D, requires_grad=True)
+    head = make(bias='learned', scale='label')
+    x = torch.randn(3, D, requires_grad=True)
     head.loss(x, TAX.index(['cat', 'cat', 'root'])).backward()
-    below = [i-1 for i in range(1, N) if TAX.index('cat') in up(TAX, i)[1:]]
+    below = [i - 1 for i in range(1, N) if TAX.index('cat') in up(TAX, i)[1:]]
     assert len(below) == 4
-    for g in (head.weight.grad.abs().sum(1), head.offset.grad.abs(), head.log_s.grad.abs()): assert (g[below] == 0).all() and (g[[i for i in range(N-1) if i not in below]] > 0).all()
+    for g in (head.weight.grad.abs().sum(1), head.offset.grad.abs(), head.log_s.grad.abs()):
+        assert (g[below] == 0).all() and (g[[i for i in range(N - 1) if i not in below]] > 0).all()
     assert (x.grad[2] == 0).all() and head.loss(x[:0], torch.zeros(0).long()).item() == 0
+
 
 def test_internal_labels_are_learned_from():
     "Labels at leaves for one half, at their parents for the other: the loss falls and the unknown stays unknown"
-    torch.manual_seed(0); centres = torch.randn(N, D); t = LEAVES.repeat(20); t = torch.where(torch.arange(160) // 8 % 2 > 0, TAX.tensor('parents')[t], t)
-    x = centres[LEAVES.repeat(20)] + .1*torch.randn(160, D); head = make(); opt = torch.optim.Adam(head.parameters(), .05); first = head.loss(x, t).item()
-    for _ in range(60): opt.zero_grad(); l = head.loss(x, t); l.backward(); opt.step()
-    assert l.item() < first/5 and (head.leaf_probs(x).argmax(1) == torch.arange(8).repeat(20)).float().mean() > .95
+    torch.manual_seed(0)
+    centres = torch.randn(N, D)
+    t = LEAVES.repeat(20)
+    t = torch.where(torch.arange(160) // 8 % 2 > 0, TAX.tensor('parents')[t], t)
+    x = centres[LEAVES.repeat(20)] + 0.1 * torch.randn(160, D)
+    head = make()
+    opt = torch.optim.Adam(head.parameters(), 0.05)
+    first = head.loss(x, t).item()
+    for _ in range(60):
+        opt.zero_grad()
+        l = head.loss(x, t)
+        l.backward()
+        opt.step()
+    assert l.item() < first / 5 and (head.leaf_probs(x).argmax(1) == torch.arange(8).repeat(20)).float().mean() > 0.95
+
 
 def test_subclass_changes_the_loss_alone():
     "What chapter 08 relies on: `node_loss` sees training logits and targets, and nothing else is asked"
     seen = []
+
     class Own(SphereMulti):
-        def node_loss(self, node_logits, targets): seen.append((node_logits, targets)); return node_logits.mean()
-    torch.manual_seed(0); head = Own(D, TAX); x = torch.randn(8, D); l = head.loss(x, LEAVES.tolist())
-    (z, t), = seen; assert z.shape == (8, N-1) and torch.equal(t, LEAVES) and torch.equal(l, z.mean()) and torch.equal(z, head.train_logits(x, path_targets(LEAVES, TAX)[0]))
+        def node_loss(self, node_logits, targets):
+            seen.append((node_logits, targets))
+            return node_logits.mean()
+
+    torch.manual_seed(0)
+    head = Own(D, TAX)
+    x = torch.randn(8, D)
+    l = head.loss(x, LEAVES.tolist())
+    ((z, t),) = seen
+    assert (
+        z.shape == (8, N - 1)
+        and torch.equal(t, LEAVES)
+        and torch.equal(l, z.mean())
+        and torch.equal(z, head.train_logits(x, path_targets(LEAVES, TAX)[0]))
+    )
+
 
 def test_new_head_says_the_prior():
-    prior = torch.linspace(.01, .5, N-1)
-    for bias in ('learned', 'fixed'): assert torch.allclose(make(prior=prior, bias=bias)(torch.zeros(1, D)).sigmoid()[0], prior, atol=1e-6)
+    prior = torch.linspace(0.01, 0.5, N - 1)
+    for bias in ('learned', 'fixed'):
+        assert torch.allclose(make(prior=prior, bias=bias)(torch.zeros(1, D)).sigmoid()[0], prior, atol=1e-6)
     assert make(bias='none')(torch.zeros(1, D)).abs().max() == 0
     assert torch.allclose(make()(torch.zeros(1, D)).sigmoid()[0], tree_prior(TAX), atol=1e-6)
-    chain = SphereMulti(D, Taxonomy.from_parents({'a': None, 'b': 'a', 'c': 'b'})); assert chain.offset.isfinite().all() and chain.loss(torch.randn(1, D), [2]).isfinite()   # prior 1
+    chain = SphereMulti(D, Taxonomy.from_parents({'a': None, 'b': 'a', 'c': 'b'}))
+    assert chain.offset.isfinite().all() and chain.loss(torch.randn(1, D), [2]).isfinite()  # prior 1
+
 
 @pytest.mark.parametrize('bias', BIASES)
 def test_prepare_counts_unless_told(bias, tmp_path):
-    t = torch.tensor([3, 3, 1, 9, 0]); x = torch.zeros(5, D); head = make(bias=bias); head.prepare(x, t); freq = node_frequency(t, TAX)
+    t = torch.tensor([3, 3, 1, 9, 0])
+    x = torch.zeros(5, D)
+    head = make(bias=bias)
+    head.prepare(x, t)
+    freq = node_frequency(t, TAX)
     assert torch.equal(head.prior, freq) and head.offset.requires_grad == (bias == 'learned')
-    want = freq.double()**-.5; assert torch.allclose(head.node_weights.double(), want*(N-1)/want.sum())
-    for weights in ('deep', [1., 2., 3., 4.], torch.arange(1., N)): other = make(node_weights=weights); before = other.node_weights.clone(); other.prepare(x, t); assert torch.equal(other.node_weights, before)
-    assert torch.allclose(head(x)[0].sigmoid(), freq if bias != 'none' else torch.tensor(.5).expand(N-1), atol=1e-6)
-    told = make(bias=bias, prior=[.5]*(N-1)); told.prepare(x, t); assert torch.equal(told.prior, torch.full((N-1,), .5)) and torch.allclose(told.node_weights, torch.ones(N-1))
-    model = Model(EmbeddingNet(12, D), head).eval(); model.save(tmp_path/'m'); assert torch.equal(Model.load(tmp_path/'m').head.prior, freq)
+    want = freq.double() ** -0.5
+    assert torch.allclose(head.node_weights.double(), want * (N - 1) / want.sum())
+    for weights in ('deep', [1.0, 2.0, 3.0, 4.0], torch.arange(1.0, N)):
+        other = make(node_weights=weights)
+        before = other.node_weights.clone()
+        other.prepare(x, t)
+        assert torch.equal(other.node_weights, before)
+    assert torch.allclose(head(x)[0].sigmoid(), freq if bias != 'none' else torch.tensor(0.5).expand(N - 1), atol=1e-6)
+    told = make(bias=bias, prior=[0.5] * (N - 1))
+    told.prepare(x, t)
+    assert torch.equal(told.prior, torch.full((N - 1,), 0.5)) and torch.allclose(told.node_weights, torch.ones(N - 1))
+    model = Model(EmbeddingNet(12, D), head).eval()
+    model.save(tmp_path / 'm')
+    assert torch.equal(Model.load(tmp_path / 'm').head.prior, freq)
+
 
 @settings(max_examples=40, deadline=None)
 @given(tax=trees(), data=st.data())
 def test_node_frequency_is_the_slow_count(tax, data):
-    t = data.draw(st.lists(st.integers(0, len(tax)-1), min_size=1, max_size=30)); got = node_frequency(t, tax); share = tree_prior(tax)
+    t = data.draw(st.lists(st.integers(0, len(tax) - 1), min_size=1, max_size=30))
+    got = node_frequency(t, tax)
+    share = tree_prior(tax)
     for i in range(1, len(tax)):
-        yes = sum(i == v or i in up(tax, v) for v in t); tells = sum(i == v or v not in [*up(tax, i), 0] for v in t)
-        assert got[i-1].item() == pytest.approx((yes + 1)/(tells + 2), rel=1e-5)
-        assert share[i-1].item() == pytest.approx(sum(i == l or i in up(tax, l) for l in tax.leaves.tolist())/tax.n_leaves)
+        yes = sum(i == v or i in up(tax, v) for v in t)
+        tells = sum(i == v or v not in [*up(tax, i), 0] for v in t)
+        assert got[i - 1].item() == pytest.approx((yes + 1) / (tells + 2), rel=1e-5)
+        assert share[i - 1].item() == pytest.approx(
+            sum(i == l or i in up(tax, l) for l in tax.leaves.tolist()) / tax.n_leaves
+        )
 
-@pytest.mark.parametrize('kw', [{}, dict(margin='both', bias='fixed', scale='label', decode='veto', criterion='asymmetric', criterion_kw=dict(gamma_neg=2.)), dict(node_weights='deep'), dict(node_weights=[1., 2., 3., 4.]),
-                                dict(node_weights=torch.arange(1., N), prior=torch.linspace(.01, .5, N-1)), dict(scale='fixed', tail='jump', init='normal', s=30., m=.2)])
+
+@pytest.mark.parametrize(
+    'kw',
+    [
+        {},
+        dict(
+            margin='both',
+            bias='fixed',
+            scale='label',
+            decode='veto',
+            criterion='asymmetric',
+            criterion_kw=dict(gamma_neg=2.0),
+        ),
+        dict(node_weights='deep'),
+        dict(node_weights=[1.0, 2.0, 3.0, 4.0]),
+        dict(node_weights=torch.arange(1.0, N), prior=torch.linspace(0.01, 0.5, N - 1)),
+        dict(scale='fixed', tail='jump', init='normal', s=30.0, m=0.2),
+    ],
+)
 def test_saved_and_loaded_models_agree(tmp_path, kw):
-    torch.manual_seed(0); model = Model(EmbeddingNet(12, D), create_head('sphere_multi', D, TAX, **kw)).eval()
-    with torch.no_grad(): model.head.offset.add_(.1); model.head.log_s.add_(.1)
-    model.save(tmp_path/'m'); back = Model.load(tmp_path/'m'); x = torch.randn(8, 12)
-    assert torch.equal(back.node_probs(x), model.node_probs(x)) and torch.equal(back.loss(x, LEAVES), model.loss(x, LEAVES)) and repr(back.head) == repr(model.head)
-    for k in ('s', 'm', 'margin', 'bias', 'scale', 'tail', 'init', 'decode', 'criterion', 'criterion_kw'): assert getattr(back.head, k) == getattr(model.head, k)
-    assert [k for k, v in back.head.named_parameters() if v.requires_grad] == [k for k, v in model.head.named_parameters() if v.requires_grad]
+    torch.manual_seed(0)
+    model = Model(EmbeddingNet(12, D), create_head('sphere_multi', D, TAX, **kw)).eval()
+    with torch.no_grad():
+        model.head.offset.add_(0.1)
+        model.head.log_s.add_(0.1)
+    model.save(tmp_path / 'm')
+    back = Model.load(tmp_path / 'm')
+    x = torch.randn(8, 12)
+    assert (
+        torch.equal(back.node_probs(x), model.node_probs(x))
+        and torch.equal(back.loss(x, LEAVES), model.loss(x, LEAVES))
+        and repr(back.head) == repr(model.head)
+    )
+    for k in ('s', 'm', 'margin', 'bias', 'scale', 'tail', 'init', 'decode', 'criterion', 'criterion_kw'):
+        assert getattr(back.head, k) == getattr(model.head, k)
+    assert [k for k, v in back.head.named_parameters() if v.requires_grad] == [
+        k for k, v in model.head.named_parameters() if v.requires_grad
+    ]
+
 
 def test_thesis_form_is_saved_as_what_it_is(tmp_path):
-    model = Model(EmbeddingNet(12, D), create_head('sphere_thesis', D, TAX, m=.3)).eval(); model.save(tmp_path/'m'); back = Model.load(tmp_path/'m'); x = torch.randn(8, 12)
-    assert back.head.margin == 'all' and back.head.bias == 'none' and torch.equal(back.node_probs(x), model.node_probs(x))
+    model = Model(EmbeddingNet(12, D), create_head('sphere_thesis', D, TAX, m=0.3)).eval()
+    model.save(tmp_path / 'm')
+    back = Model.load(tmp_path / 'm')
+    x = torch.randn(8, 12)
+    assert (
+        back.head.margin == 'all' and back.head.bias == 'none' and torch.equal(back.node_probs(x), model.node_probs(x))
+    )
     assert type(model.head) is SphereMulti and not model.head.offset.any()
 
+
 def test_mistakes_get_a_sentence():
-    for kw, says in ((dict(m=30.), 'degrees'), (dict(m=-1.), 'angle'), (dict(s=0.), 'positive'), (dict(s=math.inf), 'positive'), (dict(decode='leaf'), "'leaves'"), (dict(criterion='bec'), "'bce'"), (dict(criterion='focal', criterion_kw=dict(gama=1)), 'does not take'),
-                     (dict(node_weights=[1., 2.]), 'one for each level'), (dict(node_weights=torch.zeros(N-1)), 'not all 0'), (dict(node_weights=math.nan), 'power'), (dict(node_weights=-torch.ones(N-1)), 'none below 0'), (dict(prior=torch.zeros(N-1)), 'above 0'), (dict(prior=torch.full((N-1,), math.nan)), 'above 0'), (dict(tail='smoth'), "'smooth'")):
-        with pytest.raises(HiermetricError, match=says): make(**kw)
+    for kw, says in (
+        (dict(m=30.0), 'degrees'),
+        (dict(m=-1.0), 'angle'),
+        (dict(s=0.0), 'positive'),
+        (dict(s=math.inf), 'positive'),
+        (dict(decode='leaf'), "'leaves'"),
+        (dict(criterion='bec'), "'bce'"),
+        (dict(criterion='focal', criterion_kw=dict(gama=1)), 'does not take'),
+        (dict(node_weights=[1.0, 2.0]), 'one for each level'),
+        (dict(node_weights=torch.zeros(N - 1)), 'not all 0'),
+        (dict(node_weights=math.nan), 'power'),
+        (dict(node_weights=-torch.ones(N - 1)), 'none below 0'),
+        (dict(prior=torch.zeros(N - 1)), 'above 0'),
+        (dict(prior=torch.full((N - 1,), math.nan)), 'above 0'),
+        (dict(tail='smoth'), "'smooth'"),
+    ):
+        with pytest.raises(HiermetricError, match=says):
+            make(**kw)
     head = make()
-    for bad, says in ((lambda: head.loss(torch.randn(2, D), [0, N]), 'no node'), (lambda: head.loss(torch.randn(2, D), [0]), '(2,)'), (lambda: head(torch.randn(2, D+1)), 'do not fit'), (lambda: head(torch.full((1, D), math.nan)), 'NaN'), (lambda: SphereMulti(D, Taxonomy(['a'], [-1])), 'at least one node')):
-        with pytest.raises(HiermetricError, match=says.replace('(', r'\(').replace(')', r'\)')): bad()
-    with pytest.raises(NotImplementedError): NodeHead(D, TAX).logits(torch.randn(1, D))
+    for bad, says in (
+        (lambda: head.loss(torch.randn(2, D), [0, N]), 'no node'),
+        (lambda: head.loss(torch.randn(2, D), [0]), '(2,)'),
+        (lambda: head(torch.randn(2, D + 1)), 'do not fit'),
+        (lambda: head(torch.full((1, D), math.nan)), 'NaN'),
+        (lambda: SphereMulti(D, Taxonomy(['a'], [-1])), 'at least one node'),
+    ):
+        with pytest.raises(HiermetricError, match=says.replace('(', r'\(').replace(')', r'\)')):
+            bad()
+    with pytest.raises(NotImplementedError):
+        NodeHead(D, TAX).logits(torch.randn(1, D))
