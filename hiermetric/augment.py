@@ -534,9 +534,8 @@ class Mixup:
         x: Tensor,  # (B, C, S, S) images, or (B, F) features
         targets: Tensor,  # (B,) node ids
         taxonomy: Taxonomy,  # that they belong to
-    ) -> tuple[
-        Tensor, list[tuple[float, Tensor]]
-    ]:  # float32 of the same shape, and (weight, (B,) node ids) for `mixed_loss`
+        # float32 of the same shape, and (weight, (B,) node ids) for `mixed_loss`
+    ) -> tuple[Tensor, list[tuple[float, Tensor]]]:
         x = x.float()
         x, lam = self.blend(x, x.roll(1, 0), self.draw())
         return x, mix_targets(targets, targets.roll(1, 0), lam, taxonomy, self.tree)

@@ -131,9 +131,8 @@ def _head(name: str) -> tuple[Callable, tuple]:
 
 def _inner(
     c: TrainConfig | SimpleNamespace,
-) -> dict[
-    str, tuple[Callable, tuple] | None
-]:  # setting → what it is handed to, and what is not the user's; None: nothing there
+    # setting → what it is handed to, and what is not the user's; None: nothing there
+) -> dict[str, tuple[Callable, tuple] | None]:
     from hiermetric.augment import AUGMENTS, MIXES, SAMPLERS
     from hiermetric.backbones import create_backbone
 

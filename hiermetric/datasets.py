@@ -211,9 +211,8 @@ IMAGE_TYPES = {
 
 def find_images(
     folder: str | Path,  # searched with all its subfolders; hidden ones are passed over
-) -> tuple[
-    pd.DataFrame, list[str]
-]:  # `path` and `folder` (relative, with /) of each image, sorted; other files and hidden images, relative
+    # `path` and `folder` (relative, with /) of each image, sorted; other files and hidden images, relative
+) -> tuple[pd.DataFrame, list[str]]:
     "All images below a folder, in an order that does not depend on the machine"
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():

@@ -379,9 +379,8 @@ def path_maps(
     node: str | int,  # the end of the path
     among: str = 'all',  # 'all' | 'parent': who competes
     method: str = 'gradcam',
-) -> dict[
-    int, tuple[np.ndarray, float]
-]:  # node id → map and log-odds, from the top down; nodes without rivals are left out
+    # node id → map and log-odds, from the top down; nodes without rivals are left out
+) -> dict[int, tuple[np.ndarray, float]]:
     "A map for every step down the tree"
     if among not in ('all', 'parent'):
         raise HiermetricError(f"among is 'all' or 'parent', not {among!r}.")

@@ -713,10 +713,12 @@ def _point(
 
 
 def _changes(
-    p: Tensor, t: np.ndarray, tax: Taxonomy, rule: str | Callable
-) -> tuple[
-    np.ndarray, ...
-]:  # probability below which an image's answer changes, (…, 6) by how much; (6,) the sum at the root
+    p: Tensor,
+    t: np.ndarray,
+    tax: Taxonomy,
+    rule: str | Callable,
+    # probability below which an image's answer changes, (…, 6) by how much; (6,) the sum at the root
+) -> tuple[np.ndarray, ...]:
     nodes, probs = _choices(p, tax, rule)
     reached = probs > 0
     reached[:, 1:] &= probs[:, 1:] > probs.cummax(1).values[:, :-1]

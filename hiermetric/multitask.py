@@ -614,9 +614,8 @@ def rows_of_files(
 # %% ../nbs/13_multitask.ipynb #c7099dd2
 def powerset(
     table: pd.DataFrame,  # (n, C) 0 or 1, a row an image, a column a label
-) -> tuple[
-    Taxonomy, np.ndarray, pd.DataFrame
-]:  # a root and a leaf a set; (n,) node ids; (N, C) labels of every node, the Y of @eq-powerset
+    # a root and a leaf a set; (n,) node ids; (N, C) labels of every node, the Y of @eq-powerset
+) -> tuple[Taxonomy, np.ndarray, pd.DataFrame]:
     "Sets of labels as classes"
     kinds, kind = np.unique(table.to_numpy(dtype=int), axis=0, return_inverse=True)
     names = [' + '.join(str(o) for o, there in zip(table.columns, row) if there) or 'none' for row in kinds]
@@ -638,9 +637,8 @@ def with_label_sets(
     data: Features | ImageTable,  # of images that are files; their own labels are not looked at
     path: str | Path,  # .csv as for `read_multi_hot`, a name being an image's path or the end of it
     most: int = 1000,  # sets of labels that there may be
-) -> tuple[
-    Features | ImageTable, pd.DataFrame
-]:  # the same images and splits, each labelled with its set; (N, C) 0 or 1, what a head takes as `sets`
+    # the same images and splits, each labelled with its set; (N, C) 0 or 1, what a head takes as `sets`
+) -> tuple[Features | ImageTable, pd.DataFrame]:
     "Images with the labels of a table"
     vectors = isinstance(data, Features)
     files, split = (data.paths, data.split) if vectors else (data.samples['path'], data.samples['split'])

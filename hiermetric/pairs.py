@@ -152,9 +152,8 @@ class LibraryLoss(PairLoss):
 def leaf_labels(
     targets: Tensor,  # (B,) node ids
     taxonomy: Taxonomy,  # that they belong to
-) -> tuple[
-    Tensor, bool
-]:  # (B,) leaf columns, each image above the leaves with a number of its own; whether all are leaves
+    # (B,) leaf columns, each image above the leaves with a number of its own; whether all are leaves
+) -> tuple[Tensor, bool]:
     "Labels for code that knows only same and different"
     column = taxonomy.tensor('leaf_column', targets.device)[targets]
     return torch.where(column < 0, taxonomy.n_leaves + torch.arange(len(column), device=column.device), column), bool(

@@ -23,9 +23,8 @@ __all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'S
 def path_targets(
     targets: Tensor,  # (B,) node ids, leaves or not
     taxonomy: Taxonomy,  # tree over the N nodes
-) -> tuple[
-    Tensor, Tensor | None
-]:  # (B, N−1) bool, is the node on the root path; (B, N−1) bool, does the label tell; None where it tells everything
+    # (B, N−1) bool, is the node on the root path; (B, N−1) bool, does the label tell; None where it tells everything
+) -> tuple[Tensor, Tensor | None]:
     "Labels as rows of bits, @eq-targets"
     v, u = targets[:, None], torch.arange(1, len(taxonomy), device=targets.device)
     last = taxonomy.tensor('last', targets.device)

@@ -1309,9 +1309,8 @@ def _build(data: Features | ImageTable, cfg: dict, channels_last: bool = True) -
 
 def _weights_of(
     start: Run | str | Path | None,
-) -> tuple[
-    Model | None, str | None
-]:  # and a fingerprint of what is taken over, by which runs that began differently are told apart
+    # and a fingerprint of what is taken over, by which runs that began differently are told apart
+) -> tuple[Model | None, str | None]:
     "The model that a run begins with"
     if start is None:
         return None, None

@@ -44,9 +44,8 @@ def _corpus() -> tuple[bytes, dict[bytes, bytes]]:  # the bytes of data.noun, an
 
 def _read(
     wnid: str,
-) -> tuple[
-    str, int, tuple[str, ...]
-]:  # first lemma, number of this sense among the lemma's senses, ids of the hypernyms in source order
+    # first lemma, number of this sense among the lemma's senses, ids of the hypernyms in source order
+) -> tuple[str, int, tuple[str, ...]]:
     "A noun synset of nltk's corpus"
     try:
         data, index = _corpus()
