@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from hiermetric.decisions import create_rule, list_rules
-from hiermetric.metrics import check_node_probs
+from hiermetric.checks import check_node_probs
 from hiermetric.taxonomy import Taxonomy
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from hiermetric.backbones import create_backbone, read_image
 from hiermetric.datasets import load_dataset
-from hiermetric.features import _batches, _engines, _threads
+from hiermetric.features import image_batches, ENGINES, torch_threads
 
 n, rounds = (int(a) for a in (sys.argv[1:] + ["128", "5"][len(sys.argv) - 1 :])[:2])
 
@@ -33,11 +33,12 @@ def plain(backbone, paths, batch):
 
 
 def engine(name, backbone, paths, batch):
-    run = _engines[name](backbone)
+    run = ENGINES[name](backbone)
 
     def way():
-        with _threads(1 if name == 'openvino' else None):
-            return np.concatenate(list(run(b for b, _ in _batches(paths, backbone.transform, batch, os.cpu_count()))))
+        with torch_threads(1 if name == 'openvino' else None):
+            batches = image_batches(paths, backbone.transform, batch, os.cpu_count())
+            return np.concatenate(list(run(b for b, _ in batches)))
 
     return way
 
@@ -46,7 +47,7 @@ def measure(dataset):
     table = load_dataset(dataset)
     paths = table.samples.path.iloc[:: max(1, len(table) // n)].tolist()[:n]
     b = create_backbone(fit='pad', fill=table.fill)
-    with _threads(1):
+    with torch_threads(1):
         ready = {
             'read and decode': lambda: [read_image(p) for p in paths],
             'read, decode, resize': lambda: [b.transform.pixels(p) for p in paths],

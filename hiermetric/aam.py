@@ -5,33 +5,16 @@
 # %% ../nbs/06_aam.ipynb #ab37251f
 from __future__ import annotations
 import math
-from collections.abc import Sequence
 import torch, torch.nn.functional as F
+from collections.abc import Sequence
 from torch import Tensor
-from fastcore.basics import patch
 from .core import HiermetricError, choice
-from .taxonomy import Taxonomy
+from .geometry import sine, unit
 from .heads import LeafHead, prototypes
+from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['TAILS', 'unit', 'sine', 'add_margin', 'combined_margin', 'CosineHead', 'ArcFace', 'SubCenterArcFace',
-           'CombinedMargin', 'cosface']
-
-# %% ../nbs/06_aam.ipynb #dddf7975
-def unit(
-    x: Tensor,  # (…, D)
-    eps: float = 1e-6,  # shorter vectors have no direction
-) -> Tensor:  # (…, D) length 1, or 0 where there is no direction
-    "Rows scaled to length 1; a row without direction stays 0 and gets gradient 0, one with NaN stays NaN"
-    norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm <= eps, 0.0, x / norm.clamp_min(eps))
-
-# %% ../nbs/06_aam.ipynb #9c3c3a66
-def sine(
-    cos: Tensor,  # (…) cosines, possibly a rounding error beyond ±1
-) -> Tensor:  # (…) never 0, so that its slope is finite
-    "Sine of an angle in [0, π], given its cosine"
-    return (1 - cos * cos).clamp_min(torch.finfo(cos.dtype).eps).sqrt()
+__all__ = ['TAILS', 'add_margin', 'combined_margin', 'CosineHead', 'ArcFace', 'SubCenterArcFace', 'CombinedMargin', 'cosface']
 
 # %% ../nbs/06_aam.ipynb #2f0ebcc2
 TAILS = ('smooth', 'jump')

@@ -5,15 +5,15 @@
 # %% ../nbs/13_augment.ipynb #355d5266
 from __future__ import annotations
 import math
+import numpy as np, torch, torch.nn.functional as nnF
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-import numpy as np, torch, torch.nn.functional as nnF
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from fastcore.basics import patch
+from .arithmetic import path_sums, subtree_sums
 from .core import HiermetricError, Registry, did_you_mean
 from .taxonomy import Taxonomy
-from .sphere import path_sums
 
 # %% auto #0
 __all__ = ['GREY', 'AUGMENTS', 'VIEWS', 'MIXES', 'SAMPLERS', 'image_seeds', 'draws', 'affine_maps', 'rim_colour', 'resample',
@@ -671,8 +671,7 @@ def tree(
     def weights(classes: np.ndarray, n: np.ndarray) -> np.ndarray:
         own = np.zeros(len(taxonomy), np.int64)
         own[classes] = 1
-        before = np.concatenate([[0], np.cumsum(own)])
-        there = before[np.asarray(taxonomy.last) + 1] > before[:-1]
+        there = subtree_sums(own, taxonomy) > 0
         branches = own + np.bincount(np.asarray(taxonomy.parents)[1:][there[1:]], minlength=len(taxonomy))
         log_t = -path_sums(torch.from_numpy(np.log(np.maximum(branches, 1))), taxonomy).numpy()[classes]
         return (n / n.max()) ** q * np.exp((1 - q) * log_t)

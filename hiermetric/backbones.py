@@ -23,8 +23,8 @@ except ImportError:
     decode_image = None  # torchvision 0.29 announces that its decoders will go; then Pillow reads everything
 
 # %% auto #0
-__all__ = ['WEIGHTS_URL', 'PictureWarning', 'read_image', 'read_bands', 'Transform', 'Backbone', 'load_weights', 'widen_input',
-           'create_backbone', 'list_backbones', 'register_backbone']
+__all__ = ['WEIGHTS_URL', 'PictureWarning', 'tell_notes', 'read_image', 'read_bands', 'Transform', 'Backbone', 'load_weights',
+           'widen_input', 'create_backbone', 'list_backbones', 'register_backbone']
 
 # %% ../nbs/03_backbones.ipynb #2a272034
 _FORMATS = [
@@ -65,7 +65,7 @@ class _Quiet:
 _quiet = _Quiet()
 
 
-def _regular(path: str | Path) -> str | Path:  # `path`
+def regular_file(path: str | Path) -> str | Path:  # `path`
     "Refuse what may block or never end"
     kind = os.stat(path).st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
@@ -74,11 +74,11 @@ def _regular(path: str | Path) -> str | Path:  # `path`
 
 
 @contextmanager
-def _opened(
+def open_picture(
     path: str | Path,
 ) -> Iterator[tuple[Image.Image, Any]]:  # a PIL image of which only the head is read, and the open file
     "The door that all files come in by"
-    with open(_regular(path), 'rb') as file, _quiet:
+    with open(regular_file(path), 'rb') as file, _quiet:
         if not (head := file.read(12)):
             raise HiermetricError("the file is empty")
         heic = head[4:8] == b'ftyp' and head[8:12] in (
@@ -128,7 +128,7 @@ def _turn(
     return x.flip({2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])).contiguous()
 
 
-def _upright_size(
+def upright_size(
     im: Image.Image,
     file: Any = None,  # that it was opened from
 ) -> tuple[int, int]:  # width and height in pixels
@@ -229,7 +229,7 @@ def _jpeg(
         )
 
 
-def _unreadable(
+def unreadable(
     image: Any,  # what was to be read
     e: Exception,  # what came of it
 ) -> HiermetricError:
@@ -252,7 +252,7 @@ class PictureWarning(UserWarning):
     "A picture is read, and its owner should know something about it"
 
 
-def _tell(notes: list[tuple[Any, str]]) -> None:  # image and remark
+def tell_notes(notes: list[tuple[Any, str]]) -> None:  # image and remark
     "A warning for each kind of remark, with the first images"
     for remark in dict.fromkeys(o for _, o in notes):
         of = [str(i) if isinstance(i, (str, Path)) else 'in memory' for i, o in notes if o == remark]
@@ -288,7 +288,7 @@ def read_image(
             with _quiet:
                 x = _from_pil(image, background, said)
         else:
-            with _opened(image) as (im, file):
+            with open_picture(image) as (im, file):
                 x = _jpeg(im, file)
                 if x is None:
                     with suppress(Exception):  # what comes after the first picture may be damaged
@@ -296,10 +296,10 @@ def read_image(
                             said.append(_FIRST)
                     x = _from_pil(im, background, said)
     except Exception as e:
-        raise _unreadable(image, e) from e
+        raise unreadable(image, e) from e
     said = [(image, o) for o in said]
     if notes is None:
-        _tell(said)
+        tell_notes(said)
     else:
         notes += said
     return x
@@ -335,7 +335,7 @@ def read_bands(
         )
     said = [(whole, o) for o in said]
     if notes is None:
-        _tell(said)
+        tell_notes(said)
     else:
         notes += said
     return image
@@ -343,7 +343,7 @@ def read_bands(
 
 def _array(path: str | Path) -> np.ndarray:
     "The array in a .npy file, of which nothing is unpickled"
-    with open(_regular(path), 'rb') as f:
+    with open(regular_file(path), 'rb') as f:
         return np.lib.format.read_array(f, allow_pickle=False)
 
 # %% ../nbs/03_backbones.ipynb #a6360ecf

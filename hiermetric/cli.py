@@ -102,9 +102,9 @@ class _Group(TyperGroup):
                     'torch',
                 ):
                     raise
-                from hiermetric.predictor import _of_network
+                from hiermetric.predictor import is_network_error
 
-                if not (_hidden(e) or _of_network(e)):
+                if not (_hidden(e) or is_network_error(e)):
                     raise
                 network = f'The network did not give what was asked for: {_system(e)}'
                 _say(f"Error: {_system(_hidden(e)) if _hidden(e) else network}", 'bold red')
@@ -638,7 +638,7 @@ def _write_answers(
     from hiermetric.predictor import FORMATS, AnswerFile, Predictor, all_images, passed_over
     from hiermetric import __version__
     from hiermetric.core import fingerprint
-    from hiermetric.features import _bar
+    from hiermetric.core import progress_bar
 
     others = Counter()
     form = FORMATS[format]()
@@ -677,7 +677,7 @@ def _write_answers(
         skipped += 1
         _say(f'Note: {why}', 'yellow')
 
-    with _bar(file is not None, 'images', None, file.images if file else 0) as advance:
+    with progress_bar(file is not None, 'images', None, file.images if file else 0) as advance:
         for table in predictor.stream(file.missing(found) if file else found, question, bad=bad if skip_bad else None):
             if file:
                 file.append(table)
@@ -728,12 +728,12 @@ def show(
     [cyan]hiermetric taxonomy show planktonset --depth 2[/]
     """
     from rich.tree import Tree
-    from hiermetric.taxonomy import _escaped
+    from hiermetric.taxonomy import escape_name
 
     tax = _read_tree(source, tree, sep)
     size = tax.leaf_stop - tax.leaf_start
     name = lambda i: Text.assemble(
-        _escaped(tax.names[i]),
+        escape_name(tax.names[i]),
         (f'  {size[i]:,}', 'dim') if tax.heights[i] else '',
         (f'  {tax.rank(i)}', 'dim') if tax.rank(i) else '',
     )

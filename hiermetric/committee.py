@@ -4,39 +4,18 @@
 
 # %% ../nbs/09_committee.ipynb #fb8c32f0
 from __future__ import annotations
-from collections.abc import Sequence
 import torch, torch.nn.functional as F
+from collections.abc import Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
+from .arithmetic import tree_means
 from .core import HiermetricError
-from .taxonomy import Taxonomy
+from .geometry import unit
 from .heads import EmbeddingNet, LeafHead, create_head, head_trait, subtree_nll
-from .aam import unit
+from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['default_members', 'tree_means', 'TreeGaussian', 'KernelRidge', 'Committee', 'opinion_pool']
-
-# %% ../nbs/09_committee.ipynb #7b8cb982
-def tree_means(
-    x: Tensor,  # (n, D) embeddings
-    targets: Tensor,  # (n,) node ids, leaves or not
-    taxonomy: Taxonomy,  # tree over the N nodes
-    strength: float = 2.0,  # κ ≥ 0, in images
-) -> tuple[Tensor, Tensor]:  # (N, D) means and (N,) images at or below each node, float64
-    "Means of all nodes, each shrunk toward its parent's: @eq-means"
-    parents, depths, last = (taxonomy.tensor(k, x.device) for k in ('parents', 'depths', 'last'))
-    own = x.new_zeros(len(taxonomy), x.shape[1] + 1, dtype=torch.float64).index_add_(
-        0, targets, F.pad(x.double(), (0, 1), value=1.0)
-    )
-    upto = F.pad(own.cumsum(0), (0, 0, 1, 0))
-    total = upto[last + 1] - upto[:-1]
-    n, mean = total[:, -1].round(), total[:, :-1] / total[:, -1:].clamp_min(1)
-    for depth in range(1, taxonomy.height + 1):
-        i = (depths == depth).nonzero()[:, 0]
-        mean[i] = (n[i, None] * mean[i] + strength * mean[parents[i]]) / (n[i, None] + strength).clamp_min(
-            torch.finfo(torch.float64).tiny
-        )
-    return mean, n
+__all__ = ['default_members', 'TreeGaussian', 'KernelRidge', 'Committee', 'opinion_pool']
 
 # %% ../nbs/09_committee.ipynb #6922aaf9
 class TreeGaussian(LeafHead):

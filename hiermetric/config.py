@@ -18,7 +18,7 @@ from .core import HiermetricError, atomic_path, choice, did_you_mean, workplace
 from .datasets import DATASETS, ImageTable, folder_dataset, load_dataset
 from .features import Features
 from .heads import HEADS, EmbeddingNet
-from .training import RUN_FILES, RUN_MARKS, SCHEDULES, Run, _resolve, defaults, fit
+from .training import RUN_FILES, RUN_MARKS, SCHEDULES, Run, resolve_settings, defaults, fit
 
 # %% auto #0
 __all__ = ['DataConfig', 'TrainConfig', 'as_kind', 'kind_name', 'check_settings', 'override']
@@ -326,7 +326,7 @@ class _Train(_Settings):
         super().__post_init__()
         for k, v in check_run({k: getattr(self, k) for k in defaults()}, objects=False).items():
             setattr(self, k, v)
-        _resolve(
+        resolve_settings(
             None if self.images else object.__new__(Features),
             defaults() | {k: v for k, v in self.settings.items() if k in defaults()},
         )  # what `fit` itself would say, before anything is loaded

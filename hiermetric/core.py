@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #cec5167d
 from __future__ import annotations
-import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, os, platform, re, secrets
+import difflib, errno, gzip, hashlib, http.client, inspect, itertools, json, lzma, operator, os, platform, re, secrets
 import shutil, stat, tarfile, tempfile, threading, time, urllib.error, urllib.request, zipfile, zlib
 from contextlib import contextmanager, suppress
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['HiermetricError', 'did_you_mean', 'choice', 'cache_dir', 'data_dir', 'fingerprint', 'settle', 'sweep', 'atomic_path',
-           'FolderKind', 'alone', 'claim_folder', 'workplace', 'in_turn', 'download', 'unpack', 'Registry']
+__all__ = ['HiermetricError', 'did_you_mean', 'choice', 'nearby_folders', 'whole_number', 'cache_dir', 'data_dir', 'fingerprint',
+           'settle', 'sweep', 'atomic_path', 'FolderKind', 'alone', 'claim_folder', 'workplace', 'row_chunks',
+           'progress_bar', 'versions', 'machine', 'in_turn', 'download', 'unpack', 'Registry']
 
 # %% ../nbs/00_core.ipynb #ec890681
 class HiermetricError(Exception):
@@ -49,6 +50,28 @@ def choice(
             f"There is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}"
         )
     return value
+
+# %% ../nbs/00_core.ipynb #31a202ec
+def nearby_folders(
+    path: Path,  # that does not exist
+) -> str:  # a sentence, or nothing
+    "Folders beside a missing one whose names are like it"
+    return did_you_mean(path.name, [o.name for o in path.parent.iterdir()]) if path.parent.is_dir() else ''
+
+# %% ../nbs/00_core.ipynb #66d69a34
+def whole_number(
+    what: str,  # what is counted, for the message: 'The number of neighbours'
+    x: Any,  # what was given, of any integer type
+    least: int = 1,  # the smallest that makes sense
+) -> int:
+    "A whole number, or an error; booleans and fractions are none"
+    try:
+        n = least - 1 if 'bool' in str(getattr(x, 'dtype', type(x))) else operator.index(x)
+    except TypeError:
+        n = least - 1
+    if n < least:
+        raise HiermetricError(f"{what} must be {least}, {least + 1}, {least + 2}, …, not {x!r}.")
+    return n
 
 # %% ../nbs/00_core.ipynb #982cf7a9
 def cache_dir() -> Path:  # `$HIERMETRIC_CACHE`, else the user's cache folder
@@ -482,6 +505,73 @@ def workplace(
         sweep(path)
         yield path
 
+# %% ../nbs/00_core.ipynb #b74034dc
+def row_chunks(
+    n: int,  # rows
+    width: int,  # numbers a row
+    cells: int = 2**22,  # numbers a chunk may hold
+) -> Iterator[slice]:  # over all rows, in order
+    "Slices over many rows, each of about `cells` numbers, so that what is computed of them fits into memory"
+    step = max(1, cells // width)
+    for i in range(0, n, step):
+        yield slice(i, min(i + step, n))
+
+# %% ../nbs/00_core.ipynb #e7eb68dc
+@contextmanager
+def progress_bar(
+    show: bool,  # False: nothing is drawn
+    what: str,  # is being done
+    total: int | None,  # steps; None where nobody knows
+    done: int = 0,  # of them, before
+    unit: str = 'images',  # for the rate; 'bytes' are shown as a download
+) -> Iterator[Callable]:  # `advance(n=1, what=None)`: so many steps more, and what is being done now
+    "A progress bar with rate and time left"
+    from rich import get_console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = get_console()
+    with Progress(
+        TextColumn('{task.description}'),
+        BarColumn(),
+        DownloadColumn() if unit == 'bytes' else MofNCompleteColumn(),
+        TextColumn('{task.fields[rate]}'),
+        TimeRemainingColumn(),
+        disable=not (show and (console.is_terminal or console.is_jupyter)),
+        transient=True,
+    ) as bar:
+        task, start, seen = bar.add_task(what, total=total, completed=done, rate=''), time.perf_counter(), 0
+
+        def advance(n: int = 1, what: str | None = None) -> None:
+            nonlocal seen
+            seen += n
+            rate = seen / max(time.perf_counter() - start, 1e-9)
+            bar.update(
+                task,
+                advance=n,
+                description=what,
+                rate=f'{rate / 1e6:.1f} MB/s' if unit == 'bytes' else f'{rate:.0f} {unit}/s' if rate >= 10 else '',
+            )
+
+        yield advance
+
+# %% ../nbs/00_core.ipynb #1564cce5
+def versions(
+    *libraries: str,  # names of distributions, as pip knows them
+) -> dict[str, str]:  # of this library, of Python and of them
+    "Which versions a result was made with"
+    from importlib.metadata import version
+    from hiermetric import __version__
+
+    return {'hiermetric': __version__, 'python': platform.python_version()} | {o: version(o) for o in libraries}
+
+
+def machine() -> str:
+    "Processor, threads and accelerator that a result was made on"
+    import torch
+
+    gpu = f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''
+    return f'{platform.machine()}, {torch.get_num_threads()} threads{gpu}'
+
 # %% ../nbs/00_core.ipynb #b3eff537
 @contextmanager
 def in_turn(
@@ -573,23 +663,12 @@ def _transfer(url: str, part: Path, sure: bool, progress: bool, timeout: float) 
         _note_of(part).write_text(
             json.dumps({'url': url, 'version': '' if tag.startswith('W/') else tag}), encoding='utf-8'
         )
-        from rich.progress import Progress, BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-
-        with Progress(
-            '{task.description}',
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            disable=not progress,
-            transient=True,
-        ) as bar:
-            task = bar.add_task(part.name.removesuffix('.part'), total=total, completed=have)
+        with progress_bar(progress, part.name.removesuffix('.part'), total, have, 'bytes') as advance:
             with part.open('ab' if have else 'wb') as f:
                 try:
                     while chunk := r.read1(1 << 16):
                         f.write(chunk)
-                        bar.advance(task, len(chunk))
+                        advance(len(chunk))
                 except http.client.IncompleteRead as e:
                     f.write(e.partial)
                     raise

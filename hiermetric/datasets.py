@@ -5,6 +5,7 @@
 # %% ../nbs/02_datasets.ipynb #cb540aa5
 from __future__ import annotations
 import colorsys, hashlib, math, os, subprocess, sys, unicodedata, warnings
+import numpy as np, pandas as pd
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd
 from fastcore.basics import patch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
-from rich.progress import track
 from hiermetric.core import (
     HiermetricError,
     Registry,
@@ -27,10 +26,12 @@ from hiermetric.core import (
     download,
     fingerprint,
     in_turn,
+    nearby_folders,
+    progress_bar,
     settle,
     unpack,
 )
-from .taxonomy import Taxonomy, _clean, _whole
+from .taxonomy import Taxonomy, clean_name, utf8_name
 from .wordnet import wordnet_names, wordnet_taxonomy
 
 # %% auto #0
@@ -216,7 +217,7 @@ def find_images(
     "All images below a folder, in an order that does not depend on the machine"
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
-        raise HiermetricError(f"There is no folder {folder}.{_nearby(folder)}")
+        raise HiermetricError(f"There is no folder {folder}.{nearby_folders(folder)}")
 
     def stop(e):
         raise HiermetricError(
@@ -246,11 +247,6 @@ def find_images(
     return pd.DataFrame(
         {'path': [str(folder / r / o) for r, o in found], 'folder': [r for r, _ in found]}, dtype=str
     ), sorted(other)
-
-
-def _nearby(path: Path) -> str:
-    "Folders beside a missing one whose names are like it"
-    return did_you_mean(path.name, [o.name for o in path.parent.iterdir()]) if path.parent.is_dir() else ''
 
 # %% ../nbs/02_datasets.ipynb #f4ddf118
 _SPLIT_FOLDERS = {
@@ -291,7 +287,7 @@ def read_taxonomy(
     path = Path(taxonomy).expanduser()
     kind = path.suffix.lower()
     if not path.is_file():
-        raise HiermetricError(f"There is no taxonomy file {path}.{_nearby(path)}")
+        raise HiermetricError(f"There is no taxonomy file {path}.{nearby_folders(path)}")
     if sep is not None and kind not in ('.csv', '.tsv'):
         raise HiermetricError(f"{path} is no CSV, so it holds no lineages that {sep!r} could part.")
     if kind in ('.nwk', '.newick', '.tre', '.tree'):
@@ -317,7 +313,7 @@ def _class_of(
     names = Counter(tax.names)
     found, place = {}, {}
     for folder in folders.unique():
-        whole = unicodedata.normalize('NFC', _whole(folder))
+        whole = unicodedata.normalize('NFC', utf8_name(folder))
         name = whole.rpartition('/')[2]
         if len(tax.labels.get(name, ())) != 1 and (names[name] > 1 or name in tax.labels):
             name = whole
@@ -492,8 +488,8 @@ def _held_out(table: ImageTable, held_out: int | Iterable[str]) -> ImageTable:
                 "stays. Ask for fewer, or name them."
             )
     else:
-        known = {_clean(c): c for c in classes}
-        chosen = [known.get(_clean(c), c) for c in ([held_out] if isinstance(held_out, str) else held_out)]
+        known = {clean_name(c): c for c in classes}
+        chosen = [known.get(clean_name(c), c) for c in ([held_out] if isinstance(held_out, str) else held_out)]
         if bad := [c for c in chosen if c not in set(classes)]:
             raise HiermetricError(
                 f"Class {bad[0]!r} cannot be held out: {table.name} has no images of it.{did_you_mean(bad[0], classes)}"
@@ -583,7 +579,7 @@ def locate(
         root = Path(root).expanduser().resolve()
         if not root.exists():
             raise HiermetricError(
-                f"There is no {root}; give the folder that holds {source.archives[-1]}.{_nearby(root)}"
+                f"There is no {root}; give the folder that holds {source.archives[-1]}.{nearby_folders(root)}"
             )
         if root.is_file():
             return _unpacked(root)
@@ -724,16 +720,12 @@ def _convert(home: Path, out: Path, names: list[str]) -> None:
         for o in np.unique(records[:, 1]):
             (out / split / names[o]).mkdir(parents=True)
         images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        for i, (label, pixels) in track(
-            enumerate(zip(records[:, 1], images)),
-            f'Converting {split}',
-            total=len(records),
-            transient=True,
-            disable=not sys.stdout.isatty(),
-        ):
-            Image.fromarray(np.ascontiguousarray(pixels)).save(
-                out / split / names[label] / f'{i:05d}.png', compress_level=1
-            )
+        with progress_bar(True, f'Converting {split}', len(records)) as advance:
+            for i, (label, pixels) in enumerate(zip(records[:, 1], images)):
+                Image.fromarray(np.ascontiguousarray(pixels)).save(
+                    out / split / names[label] / f'{i:05d}.png', compress_level=1
+                )
+                advance()
 
 
 def cifar_100(
@@ -1747,13 +1739,13 @@ def _draw_part(
     species = _Dice('abundance', seed).shuffled(list(fauna))
     counts = np.geomspace(largest, smallest, len(species)).round().astype(int)
     mine = [(path, i) for path, n in zip(species, counts) for i in range(n)][part::parts]
-    for path, i in track(
-        mine, f'Drawing {counts.sum():,} organisms', transient=True, disable=not (show and sys.stdout.isatty())
-    ):
-        name = path[-1]
-        _photograph(*fauna[path], _Dice(seed, name, i), size).save(
-            Path(home) / name / f'{name} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0
-        )
+    with progress_bar(show, f'Drawing {counts.sum():,} organisms', len(mine)) as advance:
+        for path, i in mine:
+            name = path[-1]
+            _photograph(*fauna[path], _Dice(seed, name, i), size).save(
+                Path(home) / name / f'{name} {i:04d}.jpg'.replace(' ', '_'), quality=92, subsampling=0
+            )
+            advance()
 
 
 def _draw_all(home: Path, seed: int, size: int, largest: int, smallest: int) -> None:
@@ -1830,9 +1822,10 @@ def load_dataset(
     "A table of images by name or from a folder"
     known = str(name_or_folder) in DATASETS
     if not known and not Path(name_or_folder).expanduser().is_dir():
+        near = nearby_folders(Path(name_or_folder).expanduser().resolve())
+        like = did_you_mean(name_or_folder, DATASETS) or near
         raise HiermetricError(
-            f"{str(name_or_folder)!r} is neither a data set ({', '.join(DATASETS)}) nor a "
-            f"folder.{did_you_mean(name_or_folder, DATASETS) or _nearby(Path(name_or_folder).expanduser().resolve())}"
+            f"{str(name_or_folder)!r} is neither a data set ({', '.join(DATASETS)}) nor a folder.{like}"
         )
     if taxonomy is not None:
         taxonomy = read_taxonomy(taxonomy, tree, sep)

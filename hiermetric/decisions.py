@@ -5,32 +5,34 @@
 # %% ../nbs/11_decisions.ipynb #552591aa
 from __future__ import annotations
 import inspect, math, warnings
+import numpy as np, pandas as pd, torch
 from collections.abc import Sequence
 from typing import Any
-import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from matplotlib.axes import Axes
 from scipy.optimize import minimize_scalar
 from scipy.special import betainc
 from torch import Tensor
 from torch.nn import functional as F
-from .core import HiermetricError, Registry, choice
-from .paths import leaf_counts
-from hiermetric.metrics import (
-    _rows,
-    calibration_bins,
-    check_node_probs,
-    check_targets,
-    expected_calibration_error,
+from hiermetric.arithmetic import (
+    best_path,
+    deepest_sure,
+    from_conditionals,
+    leaf_counts,
     leaf_distribution,
-    negative_log_likelihood,
-    per_sample,
+    log_conditionals,
+    max_into,
+    path_sums,
+    path_targets,
+    sibling_log_softmax,
 )
-from .sphere import _max_into, path_sums, path_targets, sibling_log_softmax
-from .taxonomy import Taxonomy, _over_path, _over_subtree, _whole_number
+from .checks import check_node_probs, check_targets
+from .core import HiermetricError, Registry, choice, row_chunks, whole_number
+from .metrics import calibration_bins, expected_calibration_error, negative_log_likelihood, per_sample
+from .taxonomy import Taxonomy, over_path, over_subtree
 
 # %% auto #0
-__all__ = ['IMAGINARY', 'Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE',
+__all__ = ['RULES', 'IMAGINARY', 'Rule', 'create_rule', 'register_rule', 'list_rules', 'Argmax', 'expected_heights', 'CRM', 'HiE',
            'TopDown', 'BackOff', 'Threshold', 'Climb', 'MaxInfo', 'ExpectedCost', 'temper', 'Calibration',
            'TemperatureScaling', 'LevelTemperatures', 'NodeIsotonic', 'adjust_prior', 'rank_confidence',
            'rank_calibration', 'plot_reliability', 'bits_per_mistake', 'Guarantee', 'class_ratios', 'ConformalSet']
@@ -77,7 +79,7 @@ class Rule:
         self._check_fitted()
         p = check_node_probs(node_probs, self.tax)
         out = (
-            torch.cat([f(p[rows], *(o[rows] for o in more)) for rows in _rows(*p.shape, 2**20)])
+            torch.cat([f(p[rows], *(o[rows] for o in more)) for rows in row_chunks(*p.shape, 2**20)])
             if len(p)
             else f(p, *more)
         )
@@ -91,7 +93,7 @@ class Rule:
             )
 
 # %% ../nbs/11_decisions.ipynb #53970e67
-_rules = Registry(
+RULES = Registry(
     'rule',
     argmax=('hiermetric.decisions.Argmax', 'the most likely leaf'),
     crm=('hiermetric.decisions.CRM', 'the leaf of least expected LCA height'),
@@ -119,7 +121,7 @@ def create_rule(
 ) -> Rule:  # not yet fitted
     "A decision rule by name"
     try:
-        rule = _rules[name](**kwargs)
+        rule = RULES[name](**kwargs)
     except TypeError as e:
         raise HiermetricError(f"The rule {name!r} does not take the settings {kwargs}: {e}.") from e
     rule.name = name
@@ -128,21 +130,21 @@ def create_rule(
 
 def register_rule(name: str, rule: type | str, about: str = '') -> None:
     "Add a rule of your own, a class or its dotted path"
-    _rules.register(name, rule, about)
+    RULES.register(name, rule, about)
 
 
 def list_rules() -> pd.DataFrame:  # indexed by name
     "What rules there are, a line each"
-    return _rules.table()
+    return RULES.table()
 
 # %% ../nbs/11_decisions.ipynb #0d09e425
-def _plain(x: Any) -> Any:  # for JSON, which knows no infinity and no arrays
+def plain_values(x: Any) -> Any:  # for JSON, which knows no infinity and no arrays
     if isinstance(x, np.ndarray):
         x = x.tolist()
     if isinstance(x, (list, tuple)):
-        return [_plain(o) for o in x]
+        return [plain_values(o) for o in x]
     if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
+        return {k: plain_values(v) for k, v in x.items()}
     if isinstance(x, np.generic):
         x = x.item()
     return x if not isinstance(x, float) or math.isfinite(x) else str(x)
@@ -152,7 +154,7 @@ def _array(x: Any) -> np.ndarray | None:
     return None if x is None else np.asarray(x, float)  # 'inf' and '-inf' are understood
 
 
-def _same_tree(state: dict, tax: Taxonomy, what: str) -> None:
+def check_same_tree(state: dict, tax: Taxonomy, what: str) -> None:
     if state['taxonomy'] != tax.fingerprint:
         raise HiermetricError(
             f"This {what} was fitted on another tree ({state['taxonomy']}, here {tax.fingerprint}); fit it again "
@@ -167,7 +169,7 @@ def state(self: Rule) -> dict[str, Any]:  # rule, settings, learned, taxonomy
     if self.name is None:
         raise HiermetricError(f"This {type(self).__name__} has no name to be restored by; make it with `create_rule`.")
     settings = {k: getattr(self, k) for k in inspect.signature(type(self)).parameters}
-    return _plain(
+    return plain_values(
         {
             'rule': self.name,
             'settings': settings,
@@ -184,7 +186,7 @@ def restore(
     tax: Taxonomy,  # the tree it was fitted on
 ) -> Rule:  # fitted
     "The rule again"
-    _same_tree(state, tax, 'rule')
+    check_same_tree(state, tax, 'rule')
     rule = create_rule(state['rule'], **state['settings'])
     rule.tax = tax
     for k in rule.learned:
@@ -227,7 +229,7 @@ class TopDown(Rule):
 
     def _answer(self, p: Tensor) -> Tensor:
         parents, last, leaves = (self.tax.tensor(o, p.device) for o in ('parents', 'last', 'leaves'))
-        top = _max_into(torch.full_like(p, -math.inf), parents[1:], p[:, 1:])
+        top = max_into(torch.full_like(p, -math.inf), parents[1:], p[:, 1:])
         worse = F.pad(p[:, 1:] < top.index_select(1, parents[1:]), (1, 0))
         closed = (
             torch.where(worse, last, -1).cummax(1).values.index_select(1, leaves)
@@ -247,21 +249,6 @@ def _best(mask: Tensor, *keys: Tensor) -> Tensor:  # (B, N), and each (N,) or (B
         key = torch.where(mask, key, -math.inf)
         mask = key == key.amax(1, keepdim=True)
     return mask.to(torch.uint8).argmax(1)
-
-
-def _path(
-    p: Tensor, tax: Taxonomy
-) -> Tensor:  # (B, H+1) from the root, repeated for a shallow leaf, to the most probable leaf
-    leaves, parents = tax.tensor('leaves', p.device), tax.tensor('parents', p.device)
-    nodes = [leaves[p.index_select(1, leaves).argmax(1)]]
-    for _ in range(tax.height):
-        nodes.append(parents[nodes[-1]].clamp(min=0))
-    return torch.stack(nodes[::-1], 1)
-
-
-def _deepest(nodes: Tensor, sure: Tensor) -> Tensor:  # (B, K) from the root, (B, K) bool, to (B,)
-    "The node before the first that is not sure"
-    return nodes.gather(1, sure[:, 1:].long().cumprod(1).sum(1, keepdim=True))[:, 0]
 
 # %% ../nbs/11_decisions.ipynb #7c1dbeff
 class BackOff(Rule):
@@ -285,8 +272,8 @@ class Climb(BackOff):
     "The first node with p ≥ confidence on the way from the most probable leaf to the root"
 
     def _answer(self, p: Tensor) -> Tensor:
-        nodes = _path(p, self.tax)
-        return _deepest(nodes, p.gather(1, nodes) >= self.confidence)
+        nodes = best_path(p, self.tax)
+        return deepest_sure(nodes, p.gather(1, nodes) >= self.confidence)
 
 
 class MaxInfo(BackOff):
@@ -355,13 +342,13 @@ class Calibration:
         "Apply what was learned"
         self._check_fitted()
         p = check_node_probs(node_probs, self.tax)
-        out = torch.cat([self._scale(p[rows]).to(p.dtype) for rows in _rows(*p.shape)]) if len(p) else p
+        out = torch.cat([self._scale(p[rows]).to(p.dtype) for rows in row_chunks(*p.shape)]) if len(p) else p
         return out if isinstance(node_probs, Tensor) else out.numpy()
 
     def state(self) -> dict[str, Any]:  # calibration, learned, taxonomy
         "All that `restore` needs, fit for a JSON file"
         self._check_fitted()
-        return _plain(
+        return plain_values(
             {
                 'calibration': self.name,
                 'learned': {k: getattr(self, k) for k in self.learned},
@@ -372,7 +359,7 @@ class Calibration:
     @staticmethod
     def restore(state: dict[str, Any], tax: Taxonomy) -> Calibration:  # fitted
         "The calibration again; refuses another tree"
-        _same_tree(state, tax, 'calibration')
+        check_same_tree(state, tax, 'calibration')
         known = {o.name: o for o in Calibration.__subclasses__()}
         out = known[choice('calibration', state['calibration'], known)]()
         for k in out.learned:
@@ -424,7 +411,7 @@ class TemperatureScaling(Calibration):
     temperature: float | None = None
 
     def _fit(self, p: Tensor, t: np.ndarray, tax: Taxonomy):
-        parts = [(leaf_distribution(p[o], tax), t[o]) for o in _rows(*p.shape)]
+        parts = [(leaf_distribution(p[o], tax), t[o]) for o in row_chunks(*p.shape)]
 
         def loss(log_t):
             return sum(
@@ -448,8 +435,8 @@ class LevelTemperatures(Calibration):
     def _fit(self, p: Tensor, t: np.ndarray, tax: Taxonomy):
         depth = tax.tensor('depths', p.device)[1:]
         parts = [
-            (_log_conditionals(p[o], tax), path_targets(torch.as_tensor(t[o], device=p.device), tax)[0])
-            for o in _rows(*p.shape)
+            (log_conditionals(p[o], tax), path_targets(torch.as_tensor(t[o], device=p.device), tax)[0])
+            for o in row_chunks(*p.shape)
         ]
 
         def costs(log_t):  # (H,) to (H,), each level with its own temperature
@@ -473,23 +460,14 @@ class LevelTemperatures(Calibration):
             _warn_at_limit(T, self.limits, f' at depth {d}')
 
     def _scale(self, p: Tensor) -> Tensor:
-        return _from_conditionals(_tempered(p, self.temperatures, self.tax), self.tax)
+        return from_conditionals(_tempered(p, self.temperatures, self.tax), self.tax)
 
-# %% ../nbs/11_decisions.ipynb #119a5e7b
-def _log_conditionals(p: Tensor, tax: Taxonomy) -> Tensor:  # (B, N) to (B, N−1) float64, log P(node | parent)
-    q = p.double().clamp(min=torch.finfo(torch.float64).tiny).log()
-    return q[:, 1:] - q.index_select(1, tax.tensor('parents', p.device)[1:])
-
-
+# %% ../nbs/11_decisions.ipynb #47d8f9db
 def _tempered(
     p: Tensor, temperatures: Sequence[float], tax: Taxonomy
 ) -> Tensor:  # (B, N) to (B, N−1) float64, the same with a temperature a level
     T = p.new_tensor(temperatures, dtype=torch.float64)[tax.tensor('depths', p.device)[1:] - 1]
-    return sibling_log_softmax(_log_conditionals(p, tax) / T, tax)
-
-
-def _from_conditionals(logs: Tensor, tax: Taxonomy) -> Tensor:
-    return path_sums(F.pad(logs, (1, 0)), tax).exp()  # (B, N−1) to (B, N)
+    return sibling_log_softmax(log_conditionals(p, tax) / T, tax)
 
 # %% ../nbs/11_decisions.ipynb #bb52c884
 IMAGINARY = 300  # images of the prior, to a level
@@ -508,7 +486,7 @@ class NodeIsotonic(Calibration):
         self.temperatures = LevelTemperatures().fit(p, t, tax).temperatures
         pairs = [[] for _ in range(tax.height)]
         up, depths = tax.parents[1:], tax.depths[1:]
-        for o in _rows(*p.shape):
+        for o in row_chunks(*p.shape):
             x = _tempered(p[o], self.temperatures, tax).exp().cpu().numpy()
             path = tax.multi_hot(t[o])
             asked = path[:, up] & (up != t[o, None])  # the parent is above the label
@@ -534,7 +512,7 @@ class NodeIsotonic(Calibration):
         for d, (at, to) in enumerate(self.knots, 1):
             cols = self.tax.depths[1:] == d
             y[:, cols] = np.interp(x[:, cols], at, to)
-        return _from_conditionals(sibling_log_softmax(torch.as_tensor(y, device=p.device).log(), self.tax), self.tax)
+        return from_conditionals(sibling_log_softmax(torch.as_tensor(y, device=p.device).log(), self.tax), self.tax)
 
 # %% ../nbs/11_decisions.ipynb #24002f44
 def adjust_prior(
@@ -554,7 +532,7 @@ def adjust_prior(
         torch.cat(
             [
                 tax.node_probs((leaf_distribution(p[o], tax).double().log() - tau * n.log()).softmax(1)).to(p.dtype)
-                for o in _rows(*p.shape)
+                for o in row_chunks(*p.shape)
             ]
         )
         if len(p)
@@ -735,7 +713,7 @@ def _needs(
     limits: np.ndarray, tax: Taxonomy
 ) -> np.ndarray:  # (N,) of every label, −∞ where a node cannot be one, to (N,) of every node
     "The largest limit among the labels that are lost on the step from a node's parent to the node"
-    up, below = tax.parents[1:], _over_subtree(np.maximum, limits, tax.parents)[1:]
+    up, below = tax.parents[1:], over_subtree(np.maximum, limits, tax.parents)[1:]
 
     def largest(at):
         top = np.full(len(tax), -np.inf)
@@ -780,7 +758,7 @@ class Guarantee(BackOff):
         self.sure = sure if sure is None else _confidence(sure)
 
     def _path(self, p: Tensor) -> tuple[Tensor, ...]:  # (B, K) nodes from the root, their probabilities, their scores
-        nodes = _path(p, self.tax)
+        nodes = best_path(p, self.tax)
         probs = p.double().gather(1, nodes).cummin(1).values
         return (
             nodes,
@@ -798,7 +776,7 @@ class Guarantee(BackOff):
         return nodes.flip(1), scores.masked_fill(nodes == 0, 0).flip(1)
 
     def _plain(self, nodes: Tensor, probs: Tensor) -> Tensor:
-        return _deepest(nodes, probs >= self.confidence)  # (B,) where plain climbing stops
+        return deepest_sure(nodes, probs >= self.confidence)  # (B,) where plain climbing stops
 
     def _answer(self, p: Tensor, weights: Tensor | None = None) -> Tensor:
         nodes, probs, scores = self._path(p)
@@ -812,7 +790,7 @@ class Guarantee(BackOff):
             limits = limits[torch.tensor(self.grouping[2], device=p.device)[self._plain(nodes, probs)]][:, None]
         elif len(limits) > 1:
             limits = limits[nodes]
-        return _deepest(nodes, scores > limits)
+        return deepest_sure(nodes, scores > limits)
 
     def __call__(
         self,
@@ -864,7 +842,7 @@ def grouping(
 @patch
 def _group_nodes(self: Guarantee):
     tax = self.tax
-    inner = lambda named: _over_path(
+    inner = lambda named: over_path(
         np.maximum, np.where(named, np.arange(len(tax)), 0), tax.parents
     )  # the deepest named node at or above each
     if self.at == 'clade':
@@ -910,7 +888,9 @@ def fit(
     if w is not None and (self.at == 'rank' or self.sure is not None):
         raise HiermetricError("`class_weights` go with at='all' or at='clade', without `sure`.")
     with torch.no_grad():
-        scores, plain = (torch.cat(o).cpu().numpy() for o in zip(*(self._hardest(p[o], t[o]) for o in _rows(*p.shape))))
+        scores, plain = (
+            torch.cat(o).cpu().numpy() for o in zip(*(self._hardest(p[o], t[o]) for o in row_chunks(*p.shape)))
+        )
     if weights is not None:
         order = np.argsort(scores, kind='stable')
         self.limits, self.mass = scores[order], _weights(weights, len(t))[order].cumsum()
@@ -987,7 +967,7 @@ def class_ratios(
     old = torch.as_tensor(np.bincount(tax.leaf_column[t], minlength=tax.n_leaves) + 0.5, device=p.device)
     old = old / old.sum()
     new = old
-    for _ in range(_whole_number('The number of rounds', rounds, 0)):
+    for _ in range(whole_number('The number of rounds', rounds, 0)):
         shares = p * (new / old)
         new = (shares / shares.sum(1, keepdim=True)).mean(0)
     return (tax.node_probs(new) / tax.node_probs(old)).cpu().numpy()
@@ -1013,7 +993,7 @@ class ConformalSet(BackOff):
         super().fit(tax=tax)
         p, t = _calibration_set(self, node_probs, targets, tax)
         with torch.no_grad():
-            scores = torch.cat([self._hardest(p[o], t[o]) for o in _rows(*p.shape)])
+            scores = torch.cat([self._hardest(p[o], t[o]) for o in row_chunks(*p.shape)])
         self.limits = np.atleast_1d(_limit(scores.cpu().numpy(), None, 1.0, self.confidence))
         return self
 

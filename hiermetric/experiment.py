@@ -4,24 +4,33 @@
 
 # %% ../nbs/15_experiment.ipynb #771c08cf
 from __future__ import annotations
-import base64, html, inspect, io, itertools, json, platform, re, sys, time
+import base64, html, inspect, io, itertools, json, re, sys, time
+import numpy as np, pandas as pd, torch
+import hiermetric
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd, torch
-import hiermetric
 from fastcore.basics import patch
 from torch import Tensor
-from .core import HiermetricError, atomic_path, claim_folder, did_you_mean, fingerprint, workplace
-from .taxonomy import Taxonomy, _whole
+from hiermetric.core import (
+    HiermetricError,
+    atomic_path,
+    claim_folder,
+    did_you_mean,
+    fingerprint,
+    machine,
+    progress_bar,
+    versions,
+    workplace,
+)
+from .decisions import TemperatureScaling, create_rule
 from .features import Features
 from .heads import HEADS, Model, create_head, head_trait, power_normalise
 from .metrics import mistake_height, per_sample, summarise
-from .decisions import TemperatureScaling, create_rule
-from .training import Run, fit, load_run, predict, split_tensors
+from .taxonomy import Taxonomy, utf8_name
+from .training import fit, load_run, predict, split_tensors
 
 # %% auto #0
 __all__ = ['recipes', 'margins', 'search_space', 'shown_metrics', 'REPORT_FILES', 'REPORT_MARKS', 'Variant', 'own_space',
@@ -458,7 +467,7 @@ def compare(
     node_probs = lambda model: [(predict(model, x), t) for x, t in data]
     verdicts, tuning, chosen, folders = {}, None, {}, {}
     with workplace(out, [REPORT_MARKS], REPORT_FILES) if out else nullcontext():
-        with _bar(progress, len(variants) * (tune + seeds) + yardstick) as job:
+        with _jobs_bar(progress, len(variants) * (tune + seeds) + yardstick) as job:
             if tune:
                 variants, tuning = zip(*(tune_head(features, v, tune, runs, job) for v in variants))
             for v, seed in itertools.product(variants, range(seeds)):
@@ -533,35 +542,15 @@ def _variants(heads: Sequence, settings: dict, seeds: int, tax: Taxonomy) -> lis
 
 
 @contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable]:
+def _jobs_bar(show: bool, total: int) -> Iterator[Callable]:
     "A progress bar over jobs; every job yields a listener for `fit`"
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn('{task.description}'),
-        disable=not show,
-        transient=True,
-    ) as bar:
-        task = bar.add_task('', total=total)
+    with progress_bar(show, '', total, unit='jobs') as advance:
 
         @contextmanager
         def job(label: str) -> Iterator[Callable]:
-            bar.update(task, description=label)
-            yield lambda row: bar.update(
-                task, description=f"{label} · epoch {row['epoch'] + 1} · validation top-1 {row['val_top1']:.1%}"
-            )
-            bar.advance(task)
+            advance(0, label)
+            yield lambda row: advance(0, f"{label} · epoch {row['epoch'] + 1} · validation top-1 {row['val_top1']:.1%}")
+            advance()
 
         yield job
 
@@ -570,7 +559,7 @@ def _provenance(features: Features, seeds: int, tune: int, draws: int, start: fl
     "What a reader needs to judge the numbers and to make them again"
     tax, meta = features.taxonomy, features.meta
     images = {s: int((np.asarray(features.split) == s).sum()) for s in ('train', 'val', 'test')}
-    libraries = {k: version(k) for k in ('torch', 'timm', 'scikit-learn', 'numpy')}
+    libraries = versions('torch', 'timm', 'scikit-learn', 'numpy')
     return {
         'data set': meta.get('dataset', 'unknown'),
         'images': ', '.join(f'{v:,} {k}' for k, v in images.items()),
@@ -580,10 +569,8 @@ def _provenance(features: Features, seeds: int, tune: int, draws: int, start: fl
         'seeds': f'0 to {seeds - 1}',
         'tuning': f'{tune} trials a head, on validation, seed 0' if tune else 'none here; settings as given',
         'bootstrap': f'{draws} draws of the test images',
-        'versions': f"hiermetric {hiermetric.__version__}, Python {platform.python_version()}, "
-        + ', '.join(f'{k} {v}' for k, v in libraries.items()),
-        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads'
-        + (f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''),
+        'versions': ', '.join(f'{k} {v}' for k, v in libraries.items()).replace('python', 'Python'),
+        'machine': machine(),
         'command': ' '.join(sys.argv),
         'finished': time.strftime('%Y-%m-%d %H:%M'),
         'seconds': round(time.perf_counter() - start, 1),
@@ -943,7 +930,7 @@ def to_html(self: Report, path: str | Path) -> Path:  # `path`
     )
     with atomic_path(path) as tmp:
         tmp.write_bytes(
-            _whole(page).encode('utf-8', 'backslashreplace')
+            utf8_name(page).encode('utf-8', 'backslashreplace')
         )  # it may quote names of files that are no text
     return Path(path)
 

@@ -5,23 +5,24 @@
 # %% ../nbs/17_explain.ipynb #7480fe60
 from __future__ import annotations
 import base64, io, json, math
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, Registry
-from .taxonomy import Taxonomy, _hues, _whole_number
 from .backbones import Backbone, Transform, create_backbone, read_image
+from .checks import check_embeddings, check_targets
+from .core import HiermetricError, Registry, whole_number
 from .features import Features
-from .heads import Head, LeafHead, Model, check_embeddings
-from .aam import unit
-from .metrics import check_targets
-from .retrieval import _labelled
+from .geometry import unit
+from .heads import Head, LeafHead, Model
+from .predictor import Predictor
+from .ranks import Ranks, down_to, lift
+from .retrieval import gallery_labels
+from .taxonomy import Taxonomy, tree_hues
 from .training import Run, image_size, stages
-from .predictor import Predictor, Ranks, down_to
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['METHODS', 'toward_vector', 'toward_node', 'class_prototypes', 'to_picture', 'Explainer', 'plot_heat', 'path_maps',
-           'plot_path', 'sanity_check', 'umap_layout', 'lift', 'embedding_map', 'plot_neighbours', 'pair_distances',
-           'overlap', 'plot_densities', 'prototype_linkage', 'cophenetic_correlation', 'plot_tanglegram']
+           'plot_path', 'sanity_check', 'umap_layout', 'embedding_map', 'plot_neighbours', 'pair_distances', 'overlap',
+           'plot_densities', 'prototype_linkage', 'cophenetic_correlation', 'plot_tanglegram']
 
 # %% ../nbs/17_explain.ipynb #0c08d7d0
 def toward_vector(
@@ -488,8 +489,8 @@ def umap_layout(
     import warnings
 
     x = _directions(emb).numpy()
-    neighbours = _whole_number('The number of neighbours', neighbours, 2)
-    dims = _whole_number('The number of dimensions', dims)
+    neighbours = whole_number('The number of neighbours', neighbours, 2)
+    dims = whole_number('The number of dimensions', dims)
     if len(x) <= neighbours:
         raise HiermetricError(
             f"{len(x)} embeddings are too few for {neighbours} neighbours; give more, or lower neighbours."
@@ -505,21 +506,6 @@ def umap_layout(
             .fit_transform(x)
             .astype(np.float32)
         )
-
-# %% ../nbs/17_explain.ipynb #7d52cbb8
-def lift(
-    tax: Taxonomy,  # tree over the N nodes
-    nodes: np.ndarray,  # (n,) node ids
-    # a level (1 is right below the root), the name of a rank, or None for the nodes themselves
-    rank: str | int | None = None,
-    ranks: Ranks | None = None,  # which node has which, for names
-) -> np.ndarray:  # (n,) node ids
-    "Each node's ancestor at a rank, or itself where it is above it"
-    keep = down_to(tax, rank, ranks)
-    up = np.where(keep, np.arange(len(tax)), tax.parents)
-    while not keep[up].all():
-        up = up[up]
-    return up[np.asarray(tax._check_ids(nodes))]
 
 # %% ../nbs/17_explain.ipynb #d71538c8
 def _thumb(image: Any, side: int) -> str:  # a data: address
@@ -609,7 +595,7 @@ def embedding_map(
         raise HiermetricError(f"There is no rank {rank!r} here; there are {', '.join(map(str, levels))}.")
     thumbs = _thumbs(images, split, thumbnails, side, seed)
     groups, marks = list(dict.fromkeys(split.tolist())), ['circle', 'diamond', 'star', 'x', 'square']
-    hue = _css(_hues(tax))
+    hue = _css(tree_hues(tax))
     at = {k: lift(tax, targets, k, ranks) for k in levels}
     colours = {k: [[hue[i] for i in at[k][split == g]] for g in groups] for k in levels}
     fig = go.Figure()
@@ -708,7 +694,7 @@ def plot_neighbours(
     Q, K = nearest.shape
     if (nearest < 0).any():
         raise HiermetricError(f"{K} neighbours are asked for, of {(nearest >= 0).sum(1).min()}; lower k.")
-    q, near = check_targets(query_targets, tax, Q), _labelled(nearest, gallery_targets, tax)
+    q, near = check_targets(query_targets, tax, Q), gallery_labels(nearest, gallery_targets, tax)
     off = tax.lca_height(q[:, None], near)
     top = max(int(off.max()), 1)
     paint = LinearSegmentedColormap.from_list('off', ['#1a9850', '#d9c826', '#e8731c', '#a50026', '#400010'])(
@@ -754,7 +740,7 @@ def pair_distances(
     ranks: Ranks | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # (pairs,) within a clade; (pairs,) between clades; both 1 − cosine
     "Distances of random pairs, within and between"
-    pairs = _whole_number('The number of pairs', pairs)
+    pairs = whole_number('The number of pairs', pairs)
     clade = np.unique(lift(tax, check_targets(targets, tax, len(emb)), rank, ranks), return_inverse=True)[1]
     order, n = np.argsort(clade, kind='stable'), len(clade)
     size = np.bincount(clade)
@@ -789,7 +775,7 @@ def overlap(
     a, b = np.asarray(a, float), np.asarray(b, float)
     if not len(a) or not len(b) or not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise HiermetricError("Two sets of finite numbers overlap; one of these is empty, or holds NaN or infinity.")
-    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), _whole_number('The number of bins', bins) + 1)
+    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), whole_number('The number of bins', bins) + 1)
     p, q = (np.histogram(o, edges)[0] / len(o) for o in (a, b))
     return float(np.minimum(p, q).sum())
 
@@ -855,7 +841,7 @@ def cophenetic_correlation(
     from scipy.cluster.hierarchy import cophenet
     from scipy.spatial.distance import squareform
 
-    shuffles = _whole_number('The number of shuffles', shuffles, 0)
+    shuffles = whole_number('The number of shuffles', shuffles, 0)
     if len(prototypes) != tax.n_leaves or tax.n_leaves < 3:
         raise HiermetricError(
             f"{len(prototypes)} prototypes do not fit a tree of {tax.n_leaves} leaves; one a leaf is wanted, in "
@@ -910,7 +896,7 @@ def plot_tanglegram(
     "Taxonomy left, dendrogram of the prototypes right"
     import matplotlib.pyplot as plt
 
-    L, links, hue = tax.n_leaves, prototype_linkage(prototypes, method), _hues(tax)[tax.leaves]
+    L, links, hue = tax.n_leaves, prototype_linkage(prototypes, method), tree_hues(tax)[tax.leaves]
     order, at = _turned(links, np.arange(L, dtype=float))
     fig, axes = plt.subplots(
         1, 3, figsize=(9, max(2.5, L * size * 1.22 / 72)), width_ratios=(1, 1.15, 1), layout='constrained', sharey=True

@@ -4,21 +4,30 @@
 
 # %% ../nbs/04_features.ipynb #d94f2ff9
 from __future__ import annotations
-import copy, hashlib, importlib.util, itertools, json, os, platform, shutil, stat, time, zipfile
+import copy, hashlib, importlib.util, itertools, json, os, shutil, stat, time, zipfile
+import numpy as np
+import torch
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np
-import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .backbones import Backbone, Transform, _tell, create_backbone
 from . import core
-from .core import FolderKind, HiermetricError, Registry, atomic_path, cache_dir, did_you_mean
-from .datasets import SPLITS, ImageTable
+from .backbones import Backbone, Transform, create_backbone, tell_notes
+from hiermetric.core import (
+    FolderKind,
+    HiermetricError,
+    Registry,
+    atomic_path,
+    cache_dir,
+    did_you_mean,
+    progress_bar,
+    versions,
+)
+from .datasets import ImageTable, SPLITS
 from .taxonomy import Taxonomy
 
 # %% auto #0
@@ -302,7 +311,7 @@ def _openvino(backbone: Backbone, requests: int = 2) -> Callable:
     return run
 
 # %% ../nbs/04_features.ipynb #03ce699d
-_engines = Registry(
+ENGINES = Registry(
     'engine',
     eager=('hiermetric.features._eager', 'the network as it is, channels first: the baseline'),
     folded=('hiermetric.features._folded', 'BatchNorm folded, channels last: the fastest that needs nothing more'),
@@ -317,7 +326,7 @@ def choose_engine(
 ) -> str:  # what 'auto' comes to on this machine
     "A GPU where there is one, else OpenVINO where it is installed, else folded; the order that was measured below"
     if name != 'auto':
-        _engines[name]
+        ENGINES[name]
         return name
     if torch.cuda.is_available():
         return 'cuda'
@@ -333,7 +342,7 @@ def _decode(
         return torch.zeros(3, transform.size, transform.size, dtype=torch.uint8), str(e)
 
 
-def _batches(
+def image_batches(
     paths: Iterable[str],  # read as they are needed
     transform: Transform,
     batch_size: int,
@@ -361,7 +370,7 @@ def _batches(
                 for o in batch:
                     o.cancel()
     if notes is None:
-        _tell(said)
+        tell_notes(said)
 
 # %% ../nbs/04_features.ipynb #d5c1f0a2
 def _stamp(
@@ -384,7 +393,7 @@ def _digest(path: str) -> bytes:  # 16; zeros of what cannot be read
         return bytes(16)
 
 
-class _Contents:
+class FileContents:
     "What was in files when they were looked at"
 
     def __init__(
@@ -425,7 +434,7 @@ class _Contents:
             )
 
 # %% ../nbs/04_features.ipynb #cf67a538
-def _key(table: ImageTable, contents: _Contents, backbone: Backbone, engine: str) -> str:  # 16 hexadecimal digits
+def _key(table: ImageTable, contents: FileContents, backbone: Backbone, engine: str) -> str:  # 16 hexadecimal digits
     "What the features depend on"
     return core.fingerprint(
         2, table.fingerprint, contents.digests.tobytes(), backbone.fingerprint, engine
@@ -433,7 +442,7 @@ def _key(table: ImageTable, contents: _Contents, backbone: Backbone, engine: str
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def cache_lock(folder: Path) -> Iterator[None]:
     "For one process at a time to write `folder`"
     from filelock import FileLock
 
@@ -486,37 +495,11 @@ def _place(folder: Path, n: int, dim: int) -> np.memmap:  # (n, F) float16
     return np.load(folder / 'x.npy', mmap_mode='r+')
 
 # %% ../nbs/04_features.ipynb #e06af59e
-@contextmanager
-def _bar(show: bool, what: str, total: int, done: int) -> Iterator[Callable]:
-    "A progress bar with rate and time left"
-    from rich import get_console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = get_console()
-    with Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[rate]}'),
-        TimeRemainingColumn(),
-        disable=not (show and (console.is_terminal or console.is_jupyter)),
-        transient=True,
-    ) as bar:
-        task, start, seen = bar.add_task(what, total=total, completed=done, rate=''), time.perf_counter(), 0
-
-        def advance(n: int) -> None:
-            nonlocal seen
-            seen += n
-            bar.update(task, advance=n, rate=f'{seen / (time.perf_counter() - start):.0f} images/s')
-
-        yield advance
-
-
 def _fill(
     x: np.memmap,  # (n, F) float16
     record: dict,  # of `_record`; brought up to date
     folder: Path,
-    contents: _Contents,  # of n files
+    contents: FileContents,  # of n files
     again: Sequence[int],  # rows whose file could not be read before and can be now
     backbone: Backbone,
     run: Callable,  # an engine
@@ -535,7 +518,7 @@ def _fill(
             tmp.write_text(json.dumps(record), encoding='utf-8')
 
     def feed(chunk: np.ndarray) -> Iterator[Tensor]:
-        for batch, wrong in _batches([paths[i] for i in chunk], backbone.transform, batch_size, workers, notes):
+        for batch, wrong in image_batches([paths[i] for i in chunk], backbone.transform, batch_size, workers, notes):
             faults.append(wrong)
             yield batch
 
@@ -563,7 +546,7 @@ def _fill(
         keep()
     record['array'] = core.fingerprint(folder / 'x.npy')
     keep()
-    _tell(notes)
+    tell_notes(notes)
 
 # %% ../nbs/04_features.ipynb #1aeee550
 def extract(
@@ -593,7 +576,7 @@ def extract(
     paths = table.samples['path'].tolist()
     name = Path(table.name).name
     where = Path(cache or cache_dir() / 'features')
-    contents = _Contents(paths, where, name)
+    contents = FileContents(paths, where, name)
     key = _key(table, contents, backbone, engine)
     folder = where / f'{name}-{key}'
 
@@ -604,7 +587,7 @@ def extract(
 
     record, again, todo = look()
     if todo:
-        with _locked(folder):
+        with cache_lock(folder):
             record, again, todo = look()  # somebody else may have done it
             if todo:
                 if not _sound(folder, record):
@@ -612,8 +595,8 @@ def extract(
                 x = _place(folder, len(paths), backbone.dim)
                 record = _record(folder)
                 with (
-                    _bar(progress, table.name, len(paths), record['done'] - len(again)) as advance,
-                    _threads(1 if engine == 'openvino' else None),
+                    progress_bar(progress, table.name, len(paths), record['done'] - len(again)) as advance,
+                    torch_threads(1 if engine == 'openvino' else None),
                 ):
                     _fill(
                         x,
@@ -622,7 +605,7 @@ def extract(
                         contents,
                         again,
                         backbone,
-                        _engines[engine](backbone),
+                        ENGINES[engine](backbone),
                         batch_size or (256 if engine == 'cuda' else 8),
                         workers or min(cores, 16),
                         block,
@@ -659,7 +642,7 @@ def extract(
 
 # %% ../nbs/04_features.ipynb #eca37374
 @contextmanager
-def _threads(n: int | None) -> Iterator[None]:  # None changes nothing
+def torch_threads(n: int | None) -> Iterator[None]:  # None changes nothing
     "Torch's threads for a while: those that resize must not fight with the engine's"
     before = torch.get_num_threads()
     try:
@@ -688,9 +671,5 @@ def _bad_list(table: ImageTable, bad: dict[int, str], folder: Path) -> str:
 
 
 def _versions(engine: str) -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {'python': platform.python_version()} | {
-        o: version(o)
-        for o in ('torch', 'torchvision', 'timm', 'numpy', *(['openvino'] if engine == 'openvino' else []))
-    }
+    found = versions('torch', 'torchvision', 'timm', 'numpy', *(['openvino'] if engine == 'openvino' else []))
+    return {k: v for k, v in found.items() if k != 'hiermetric'}  # an update of ours alone makes no other features

@@ -5,19 +5,20 @@
 # %% ../nbs/08_hbce.ipynb #cd564d46
 from __future__ import annotations
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 import torch, torch.nn.functional as F
+from collections.abc import Sequence
+from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
+from .arithmetic import closure, path_targets
+from .checks import check_node_ids
 from .core import HiermetricError, choice
+from .sphere import SphereMulti, bce, resolve_node_weights, without_chains
 from .taxonomy import Taxonomy
-from .heads import check_targets
-from .sphere import SphereMulti, _node_weights, _without_chains, bce, closure, path_targets
 
 # %% auto #0
-__all__ = ['PENALTIES', 'DISTANCES', 'CELLS', 'edge_weights', 'HBCELoss', 'max_constraint_loss', 'SphereMultiHier',
+__all__ = ['PENALTIES', 'DISTANCE_PENALTIES', 'CELLS', 'edge_weights', 'HBCELoss', 'max_constraint_loss', 'SphereMultiHier',
            'SphereMaxConstraint']
 
 # %% ../nbs/08_hbce.ipynb #f5d2d4c6
@@ -136,7 +137,7 @@ def _none(x: Tensor, p: Tensor, k: _Tables, threshold: float, t: Tensor, v: Tens
 
 # %% ../nbs/08_hbce.ipynb #1e95c5b7
 PENALTIES = {'hinge': _hinge, 'product': _product, 'log': _log, 'hard': _hard, 'none': _none}
-DISTANCES = ('none', 'soft', 'hard')
+DISTANCE_PENALTIES = ('none', 'soft', 'hard')
 
 
 class HBCELoss:
@@ -148,7 +149,7 @@ class HBCELoss:
         penalty: str = 'hinge',  # on violated edges, one of `PENALTIES`; 'hard' is the published one
         # λ, or (N−1,) λ·w of the edge above each node, see `edge_weights`
         weight: float | Sequence[float] | Tensor = 1.0,
-        distance: str = 'none',  # penalty on the distance from the truth, one of `DISTANCES`
+        distance: str = 'none',  # penalty on the distance from the truth, one of `DISTANCE_PENALTIES`
         distance_weight: float = 0.1,  # μ
         # ω: a scheme of `Taxonomy.level_weights`, (H,) weights of levels, (N−1,) weights of nodes, or a number a for
         # `tree_prior` to the power −a
@@ -157,7 +158,7 @@ class HBCELoss:
     ):
         self.taxonomy = taxonomy
         self.penalty = choice('penalty', penalty, PENALTIES)
-        self.distance = choice('distance', distance, DISTANCES)
+        self.distance = choice('distance', distance, DISTANCE_PENALTIES)
         self.weight = weight
         self.distance_weight = float(distance_weight)
         self.level_weights = level_weights
@@ -173,7 +174,7 @@ class HBCELoss:
         if not 0 <= distance_weight < math.inf:
             raise HiermetricError(f"The weight of the distance must be a number from 0 up, not {distance_weight}.")
         self._scale, self._edge = (float(w), torch.ones(n)) if w.ndim == 0 else (1.0, w)
-        self._node, self._on = _node_weights(level_weights, taxonomy), {}
+        self._node, self._on = resolve_node_weights(level_weights, taxonomy), {}
 
 # %% ../nbs/08_hbce.ipynb #5d3f46d0
 @patch
@@ -287,7 +288,7 @@ def __call__(
             f"Node logits must be floating-point numbers of shape (B, {n}), one for each node but the root, not "
             f"{node_logits.dtype} {tuple(node_logits.shape)}."
         )
-    check_targets(targets, self.taxonomy, len(node_logits), False)
+    check_node_ids(targets, self.taxonomy, len(node_logits), False)
     z, targets = node_logits.to(torch.promote_types(node_logits.dtype, torch.float32)).contiguous(), targets.long()
     if not z.numel():
         return z.sum()
@@ -300,7 +301,7 @@ def __call__(
             else self.one_pass(z, targets, node_weights)[0]
         )
     except IndexError:
-        check_targets(targets, self.taxonomy)  # says which
+        check_node_ids(targets, self.taxonomy)  # says which
         raise
 
 
@@ -338,7 +339,7 @@ class SphereMultiHier(SphereMulti):
         taxonomy: Taxonomy,  # N nodes; M without chains
         penalty: str = 'hinge',  # on violated edges, one of `PENALTIES`
         penalty_weight: float | Sequence[float] | Tensor = 1.0,  # λ, or (M−1,) λ·w of the tree without chains
-        distance: str = 'none',  # penalty on the distance from the truth, one of `DISTANCES`
+        distance: str = 'none',  # penalty on the distance from the truth, one of `DISTANCE_PENALTIES`
         distance_weight: float = 0.1,  # μ
         threshold: float = 0.5,  # t of the hard penalties
         s: float = 16.0,  # scale
@@ -370,7 +371,7 @@ class SphereMultiHier(SphereMulti):
         if (w := torch.as_tensor(penalty_weight)).shape not in ((), (len(self.tree) - 1,)):
             raise HiermetricError(
                 f"The weight of the penalty must be one number, or {len(self.tree) - 1} (one for the edge above "
-                f"each node{_without_chains(self.tree, taxonomy)}); got shape {tuple(w.shape)}."
+                f"each node{without_chains(self.tree, taxonomy)}); got shape {tuple(w.shape)}."
             )
         self.hbce = HBCELoss(self.tree, penalty, penalty_weight, distance, distance_weight, threshold=threshold)
         self.penalty = penalty

@@ -5,93 +5,19 @@
 # %% ../nbs/05_heads.ipynb #6109a254
 from __future__ import annotations
 import copy, inspect, json
-from collections.abc import Callable, Sequence
-from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
+from collections.abc import Sequence
+from pathlib import Path
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import FolderKind, HiermetricError, Registry, choice
-from .taxonomy import Taxonomy, _whole_number
+from .checks import check_embeddings, check_node_ids, check_numbers
+from .core import FolderKind, HiermetricError, Registry, choice, whole_number
+from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['RANGES', 'INITS', 'EMBEDDINGS', 'HEADS', 'MODEL', 'check_embeddings', 'check_targets', 'check_numbers', 'Head',
-           'prototypes', 'subtree_nll', 'label_nll', 'inverse_frequency', 'LeafHead', 'Classifier', 'power_normalise',
-           'EmbeddingNet', 'list_heads', 'register_head', 'head_trait', 'create_head', 'Encoder', 'Model']
-
-# %% ../nbs/05_heads.ipynb #7ff37cba
-def check_embeddings(
-    emb: Tensor,  # (B, D)
-    in_features: int,  # D that is wanted
-    values: bool = True,  # also look for NaN and infinity (on an accelerator: waits for the device)
-) -> None:
-    "Raise `HiermetricError` unless `emb` is a finite floating-point (B, `in_features`) tensor"
-    if not isinstance(emb, Tensor) or not emb.is_floating_point():
-        raise HiermetricError(
-            f"Embeddings must be a floating-point torch tensor, not {getattr(emb, 'dtype', type(emb).__name__)}; "
-            "convert them with torch.as_tensor(…, dtype=torch.float32)."
-        )
-    if emb.ndim != 2 or emb.shape[1] != in_features:
-        raise HiermetricError(f"Embeddings of shape {tuple(emb.shape)} do not fit: (B, {in_features}) is wanted.")
-    if not values or emb.detach().sum().isfinite():
-        return  # one cheap pass; the exact one only when it fails
-    bad = ~emb.detach().isfinite().all(1)
-    if bad.any():
-        raise HiermetricError(
-            f"Row {bad.nonzero()[0].item()} of the embeddings holds NaN or infinity ({bad.sum().item()} of "
-            f"{len(emb)} rows do); check the features, or lower the learning rate."
-        )
-
-# %% ../nbs/05_heads.ipynb #e05cabcb
-def check_targets(
-    targets: Tensor,  # (B,) node ids
-    taxonomy: Taxonomy,  # that they belong to
-    n: int | None = None,  # B that is wanted, if known
-    values: bool = True,  # also look for ids outside the tree (on an accelerator: waits for the device)
-) -> None:
-    "Raise `HiermetricError` unless `targets` are node ids of `taxonomy`, one a sample"
-    if targets.dtype == torch.bool or targets.dtype.is_floating_point or targets.dtype.is_complex:
-        raise HiermetricError(f"Targets must be integers (node ids), not {targets.dtype}; convert them with .long().")
-    if targets.ndim != 1 or n not in (None, len(targets)):
-        raise HiermetricError(
-            f"Targets of shape {tuple(targets.shape)} do not fit: {'(B,)' if n is None else f'({n},)'} is wanted, "
-            "one node id a sample."
-        )
-    if not values:
-        return
-    bad = (targets < 0) | (targets >= len(taxonomy))
-    if bad.any():
-        i = bad.nonzero()[0].item()
-        raise HiermetricError(
-            f"Target {targets[i].item()} of sample {i} is no node of this taxonomy, whose ids are 0 … "
-            f"{len(taxonomy) - 1}; targets are node ids, as tax.index(name) gives them."
-        )
-
-# %% ../nbs/05_heads.ipynb #rng05002
-RANGES = {
-    'at least 1': lambda v: v >= 1,
-    'at least 0': lambda v: v >= 0,
-    'above 0': lambda v: v > 0,
-    'at least 0 and below 1': lambda v: 0 <= v < 1,
-    'at least 0 and at most 1': lambda v: 0 <= v <= 1,
-    'above 0 and at most 1': lambda v: 0 < v <= 1,
-    'above 0 and below 2': lambda v: 0 < v < 2,
-}
-
-
-def check_numbers(
-    words: str,  # one of `RANGES`
-    **numbers: float | None,  # by name; None may be anything
-) -> None:
-    "Raise `HiermetricError` that names the first that is no finite number in the range"
-    for k, v in numbers.items():
-        if v is None:
-            continue
-        try:
-            fits = not isinstance(v, (bool, str)) and abs(v) < float('inf') and RANGES[words](v)
-        except TypeError:
-            fits = False
-        if not fits:
-            raise HiermetricError(f"{k} must be {words}, not {v}.")
+__all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'MODEL', 'Head', 'prototypes', 'subtree_nll', 'label_nll', 'inverse_frequency',
+           'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads', 'register_head', 'head_trait',
+           'create_head', 'Encoder', 'Model']
 
 # %% ../nbs/05_heads.ipynb #7307cb7b
 class Head(nn.Module):
@@ -112,7 +38,7 @@ class Head(nn.Module):
         taxonomy: Taxonomy,  # tree over the N nodes, chains and all: what labels and answers are about
     ):
         super().__init__()
-        self.in_features = _whole_number('The number of input features of a head', in_features)
+        self.in_features = whole_number('The number of input features of a head', in_features)
         self.taxonomy = taxonomy
         self.tree = taxonomy.chainless  # `tree`, of M nodes, is what is learnt on
 
@@ -158,7 +84,7 @@ class Head(nn.Module):
         values = emb.device.type == 'cpu' if isinstance(emb, Tensor) else False
         check_embeddings(emb, self.in_features, values)
         if targets is not None:
-            check_targets(targets, self.taxonomy, len(emb), values)
+            check_node_ids(targets, self.taxonomy, len(emb), values)
 
     def on_tree(self, targets: Tensor) -> Tensor:
         return targets if self.tree is self.taxonomy else self.taxonomy.tensor('to_chainless', targets.device)[targets]
@@ -228,7 +154,7 @@ def inverse_frequency(
 ) -> Tensor:  # (L,) weights in leaf order; a sample weighs 1 on average
     "Class weights $n_j^{-\\mathrm{power}}$"
     targets = torch.as_tensor(np.asarray(targets))
-    check_targets(targets, taxonomy)
+    check_node_ids(targets, taxonomy)
     column = taxonomy.chainless.tensor('leaf_column')[taxonomy.tensor('to_chainless')[targets.long()]]
     n = torch.bincount(column[column >= 0], minlength=taxonomy.n_leaves).double()
     w = n.clamp_min(1) ** -power
@@ -392,8 +318,8 @@ class EmbeddingNet(nn.Module):
             raise HiermetricError(f"There is no norm {norm!r}; there are None and 'batch'.")
         if not 0 < power <= 1:
             raise HiermetricError(f"The power of the features must lie in (0, 1], not {power}; 0.5 takes their root.")
-        in_features = _whole_number('The number of features', in_features)
-        out_features = in_features if kind == 'none' else _whole_number('The size of the embedding', out_features)
+        in_features = whole_number('The number of features', in_features)
+        out_features = in_features if kind == 'none' else whole_number('The size of the embedding', out_features)
         if dropout is None:
             dropout = 0.2 if kind in ('devnet', 'mlp', 'skip') else 0.0
         check_numbers('at least 0 and below 1', dropout=dropout)
@@ -674,7 +600,7 @@ def backbone(self: Model) -> 'Backbone|None':
     return e if e is None else Backbone(e.name, copy.deepcopy(e.net).cpu(), e.transform, e.dim)
 
 # %% ../nbs/05_heads.ipynb #9ad1da7a
-def _settings(o: nn.Module) -> dict:
+def head_settings(o: nn.Module) -> dict:
     "Constructor arguments as JSON can hold them; tensors are buffers and travel with the weights"
     kw = getattr(o, 'settings', None) or {
         k: getattr(o, k) for k in inspect.signature(type(o)).parameters if k != 'taxonomy'
@@ -682,7 +608,7 @@ def _settings(o: nn.Module) -> dict:
     return {k: v for k, v in kw.items() if not isinstance(v, Tensor)}
 
 
-def _name(head: Head) -> str:
+def head_name(head: Head) -> str:
     path = f'{type(head).__module__}.{type(head).__qualname__}'
     for name, (o, _) in HEADS.entries.items():
         if o is type(head) or o == path:
@@ -702,8 +628,8 @@ MODEL = FolderKind(
 def config(self: Model) -> dict:
     "All that makes the model what it is, but for weights and tree"
     cfg = {
-        'embedding': _settings(self.embedding),
-        'head': {'name': _name(self.head), **_settings(self.head)},
+        'embedding': head_settings(self.embedding),
+        'head': {'name': head_name(self.head), **head_settings(self.head)},
         'taxonomy': self.taxonomy.fingerprint,
     }
     return cfg if self.encoder is None else cfg | {'encoder': self.encoder.settings}

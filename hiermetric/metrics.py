@@ -5,22 +5,23 @@
 # %% ../nbs/10_metrics.ipynb #30c5c2d3
 from __future__ import annotations
 import math
-from collections.abc import Callable, Iterator, Sequence
 import numpy as np, pandas as pd, torch
+from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from torch import Tensor
 from torchmetrics import Metric
-from .core import HiermetricError, choice, did_you_mean
-from .taxonomy import Taxonomy, _whole_number
+from .arithmetic import leaf_distribution, subtree_sums, truth_probability
+from .checks import check_leaf_scores, check_node_probs, check_targets
+from .core import HiermetricError, choice, did_you_mean, row_chunks, whole_number
+from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['COSTS', 'METRICS', 'mistake_cost', 'mistake_height', 'check_node_probs', 'check_targets', 'rank_leaves',
-           'ranked_distances', 'topk_accuracy', 'hierarchical_distance', 'distance_floor', 'accuracy', 'exact_path',
-           'macro_accuracy', 'mistake_severity', 'hierarchical_f1', 'correctness', 'information_scores', 'node_counts',
-           'rank_accuracy', 'leaf_distribution', 'truth_probability', 'negative_log_likelihood', 'brier_score',
-           'calibration_bins', 'expected_calibration_error', 'violation_rate', 'per_sample', 'summarise', 'evaluate',
-           'TreeMetric', 'operating_curve', 'average_correctness', 'recall_at', 'haurc', 'plot_operating_curve',
-           'risk_coverage', 'aurc']
+__all__ = ['COSTS', 'METRICS', 'mistake_cost', 'mistake_height', 'rank_leaves', 'ranked_distances', 'topk_accuracy',
+           'hierarchical_distance', 'distance_floor', 'accuracy', 'exact_path', 'macro_accuracy', 'mistake_severity',
+           'hierarchical_f1', 'correctness', 'information_scores', 'node_counts', 'rank_accuracy',
+           'negative_log_likelihood', 'brier_score', 'calibration_bins', 'expected_calibration_error', 'violation_rate',
+           'per_sample', 'summarise', 'evaluate', 'TreeMetric', 'operating_curve', 'average_correctness', 'recall_at',
+           'haurc', 'plot_operating_curve', 'risk_coverage', 'aurc']
 
 # %% ../nbs/10_metrics.ipynb #4eeaf3a3
 COSTS = 'lca_height', 'lca_depth_cost', 'edge_distance'
@@ -51,92 +52,13 @@ def mistake_height(answers: np.ndarray, targets: np.ndarray, tax: Taxonomy) -> n
     "`mistake_cost` as @eq-d has it: the height of the lowest common ancestor of answer and truth"
     return mistake_cost(answers, targets, tax)
 
-# %% ../nbs/10_metrics.ipynb #b74034dc
-def _rows(
-    n: int, width: int, cells: int = 2**22
-) -> Iterator[slice]:  # slices over n rows, each of about `cells` numbers
-    step = max(1, cells // width)
-    for i in range(0, n, step):
-        yield slice(i, min(i + step, n))
-
-
-def _where(bad: Tensor) -> tuple[int, int]:  # row and column of the first True
-    return divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
-
-# %% ../nbs/10_metrics.ipynb #f34ca0c6
-def check_node_probs(
-    node_probs: Tensor | np.ndarray,  # (B, N)
-    tax: Taxonomy,  # tree over the N nodes
-    tol: float = 1e-3,  # slack for rounding
-    coherent: bool = True,  # also refuse a child above its parent
-) -> Tensor:  # (B, N) the same numbers as a tensor, at least float32
-    "Refuse what is no probability over the nodes of `tax`, naming the first culprit"
-    p = torch.as_tensor(node_probs)
-    if p.ndim != 2 or p.shape[1] != len(tax):
-        raise HiermetricError(
-            f"node_probs has shape {tuple(p.shape)}, but this tree needs (images, {len(tax)}): one column a node; "
-            "`tax.node_probs` makes them from leaf probabilities."
-        )
-    if p.dtype not in (torch.float32, torch.float64):
-        p = p.float()
-    for rows in _rows(*p.shape):
-        q = p[rows]
-        low, high = (float(o) for o in torch.aminmax(q))
-        if not (low >= -tol and high <= 1 + tol):  # also where NaN
-            i, j = _where(~((q >= -tol) & (q <= 1 + tol)))
-            raise HiermetricError(
-                f"node_probs is {float(q[i, j]):g} for image {rows.start + i} at {tax.names[j]!r}; probabilities "
-                "lie in [0, 1]. Are these logits?"
-            )
-        if ((q[:, 0] - 1).abs() > tol).any():
-            raise HiermetricError(
-                f"node_probs must be 1 at the root, but is {float(q[:, 0].min()):g} for image "
-                f"{rows.start + int(q[:, 0].argmin())}."
-            )
-        if coherent and len(tax) > 1:
-            above = q[:, 1:] - q.index_select(1, tax.tensor('parents', q.device)[1:])
-            if float(above.max()) > tol:
-                i, j = _where(above > tol)
-                c = j + 1
-                raise HiermetricError(
-                    f"Image {rows.start + i} gives {tax.names[c]!r} {float(q[i, c]):.3g} and its parent "
-                    f"{tax.names[tax.parents[c]]!r} only {float(q[i, tax.parents[c]]):.3g}; make node_probs "
-                    "coherent first (no child above its parent)."
-                )
-    return p
-
-# %% ../nbs/10_metrics.ipynb #79fb8a1b
-def check_targets(
-    targets: Tensor | np.ndarray,  # (B,) node ids
-    tax: Taxonomy,  # tree
-    n: int | None = None,  # how many there must be
-    what: str = 'target',  # for the message
-) -> np.ndarray:  # (B,) int64
-    "Refuse what is not a list of nodes of `tax`"
-    t = targets.detach().cpu().numpy() if isinstance(targets, Tensor) else np.asarray(targets)
-    if t.ndim != 1 or t.dtype.kind not in 'iu':
-        raise HiermetricError(
-            f"The {what}s must be one node id an image (integers), but have shape {t.shape} and type {t.dtype}."
-        )
-    if n is not None and len(t) != n:
-        raise HiermetricError(f"There are {len(t)} {what}s for {n} images.")
-    if not len(t):
-        raise HiermetricError("There are no images to judge.")
-    if ((t < 0) | (t >= len(tax))).any():
-        i = int(((t < 0) | (t >= len(tax))).argmax())
-        raise HiermetricError(
-            f"The {what} of image {i} is {t[i]}, outside the tree's node ids 0…{len(tax) - 1}; `tax.index(name)` "
-            "gives a node's id."
-        )
-    return t.astype(np.int64)
-
 # %% ../nbs/10_metrics.ipynb #a163fa24
 def rank_leaves(
     scores: Tensor | np.ndarray,  # (B, L) higher is better
     k: int,  # leaves wanted; all L where there are fewer
 ) -> np.ndarray:  # (B, min(k, L)) leaf columns, best first; ties in tree order
     "The `k` best leaves of each image"
-    s, k = torch.as_tensor(scores), _whole_number('The number of leaves wanted', k)
+    s, k = torch.as_tensor(scores), whole_number('The number of leaves wanted', k)
     if s.ndim != 2 or not s.shape[1]:
         raise HiermetricError(f"Scores have the shape (images, leaves), not {tuple(s.shape)}.")
     k = min(k, s.shape[1])
@@ -161,17 +83,9 @@ def ranked_distances(
     "Distance from the truth of each of the `k` best leaves"
     scores = torch.as_tensor(scores)
     t = check_targets(targets, tax, len(scores))
-    _check_scores(scores, len(t), tax)
-    ranked = [rank_leaves(scores[rows], k) for rows in _rows(len(t), tax.n_leaves)]
+    check_leaf_scores(scores, len(t), tax)
+    ranked = [rank_leaves(scores[rows], k) for rows in row_chunks(len(t), tax.n_leaves)]
     return mistake_cost(tax.leaves[np.concatenate(ranked)], t[:, None], tax, cost)
-
-
-def _check_scores(scores: Tensor | np.ndarray, n: int, tax: Taxonomy) -> None:
-    if tuple(scores.shape) != (n, tax.n_leaves):
-        raise HiermetricError(
-            f"The ranking has shape {tuple(scores.shape)}; it must hold one score for each of {n} images and "
-            f"{tax.n_leaves} leaves."
-        )
 
 
 def topk_accuracy(scores: Tensor | np.ndarray, targets: np.ndarray, tax: Taxonomy, k: int = 1) -> float:
@@ -194,7 +108,7 @@ def distance_floor(
 ) -> np.ndarray:  # (B,) levels; their mean is the lowest HD@k that a ranking can reach
     "HD@k of a perfect ranker, for each image"
     node, back = np.unique(check_targets(targets, tax), return_inverse=True)
-    k = min(_whole_number('The number of leaves that are ranked', k), tax.n_leaves)
+    k = min(whole_number('The number of leaves that are ranked', k), tax.n_leaves)
     under = tax.leaf_stop - tax.leaf_start
     if choice('cost', cost, COSTS) == 'edge_distance':
         return np.array([np.partition(mistake_cost(tax.leaves, i, tax, cost), k - 1)[:k].mean() for i in node])[back]
@@ -291,12 +205,7 @@ def information_scores(
     over the images"""
     return tuple(float(o.mean()) for o in _information(*_answered(answers, targets, tax), tax)[1:])
 
-# %% ../nbs/10_metrics.ipynb #1f1a7b69
-def _below(counts: np.ndarray, tax: Taxonomy) -> np.ndarray:  # (…, N) sums over the subtree of every node
-    sums = np.concatenate([np.zeros_like(counts[..., :1]), counts.cumsum(-1)], -1)
-    return sums[..., tax.last + 1] - sums[..., :-1]
-
-
+# %% ../nbs/10_metrics.ipynb #b4c28a40
 def _at(*nodes: np.ndarray, n_nodes: int) -> np.ndarray:  # (len(nodes), N) how often each node occurs
     return np.stack([np.bincount(o, minlength=n_nodes) for o in nodes])
 
@@ -308,7 +217,7 @@ def node_counts(
 ) -> np.ndarray:  # (3, N) images whose truth, whose answer, whose both lie at or below each node
     "What per-rank and per-branch measures are made of"
     a, t = _answered(answers, targets, tax)
-    return _below(_at(t, a, tax.lca(a, t), n_nodes=len(tax)), tax)
+    return subtree_sums(_at(t, a, tax.lca(a, t), n_nodes=len(tax)), tax)
 
 # %% ../nbs/10_metrics.ipynb #98cf8530
 def _by_rank(counts: np.ndarray, tax: Taxonomy, ranks: Sequence[str | None] | None) -> pd.DataFrame:
@@ -361,37 +270,6 @@ def rank_accuracy(
     "How often the answer agrees with the truth at every rank; the root is left out"
     return _by_rank(node_counts(answers, targets, tax), tax, ranks)
 
-# %% ../nbs/10_metrics.ipynb #8c8b354f
-def leaf_distribution(
-    node_probs: Tensor | np.ndarray,  # (B, N)
-    tax: Taxonomy,  # tree over the N nodes
-) -> Tensor:  # (B, L) rows sum to 1; uniform where no leaf has any probability
-    "The leaf columns, normalised"
-    p = torch.as_tensor(node_probs)
-    p = p.to(torch.promote_types(p.dtype, torch.float32))
-    p = p.index_select(1, tax.tensor('leaves', p.device)).clamp(min=0)
-    total = p.sum(1, keepdim=True)
-    q = p / total.clamp(min=torch.finfo(p.dtype).tiny)
-    return q if bool((total > 0).all()) else torch.where(total > 0, q, 1 / tax.n_leaves)
-
-# %% ../nbs/10_metrics.ipynb #bfc34d6a
-def truth_probability(
-    leaf_probs: Tensor | np.ndarray,  # (B, L) rows sum to 1
-    targets: np.ndarray,  # (B,) true node ids
-    tax: Taxonomy,  # tree
-) -> Tensor:  # (B,)
-    "Probability of the truth: of the leaf, or of all leaves under an internal node"
-    leaf_probs = torch.as_tensor(leaf_probs)
-    t = check_targets(targets, tax, len(leaf_probs))
-    _check_scores(leaf_probs, len(t), tax)
-    start, stop = (torch.as_tensor(o[t], device=leaf_probs.device).long() for o in (tax.leaf_start, tax.leaf_stop))
-    q = leaf_probs.gather(1, start[:, None])[:, 0]
-    if (inner := stop > start + 1).any():
-        cols = torch.arange(tax.n_leaves, device=q.device)
-        under = (cols >= start[inner, None]) & (cols < stop[inner, None])
-        q[inner] = (leaf_probs[inner] * under).sum(1)
-    return q
-
 # %% ../nbs/10_metrics.ipynb #76b6cd22
 def negative_log_likelihood(leaf_probs: Tensor | np.ndarray, targets: np.ndarray, tax: Taxonomy) -> Tensor:  # (B,) nats
     "−ln of the truth's probability, for each image"
@@ -415,7 +293,7 @@ def calibration_bins(
     bins: int = 15,  # of equal width
 ) -> np.ndarray:  # (3, bins) a bin's images, their summed confidence, their hits
     "What a reliability diagram and the ECE are made of"
-    c, hit, n = np.asarray(confidence), np.asarray(hits, float), _whole_number('The number of bins', bins)
+    c, hit, n = np.asarray(confidence), np.asarray(hits, float), whole_number('The number of bins', bins)
     if c.ndim != 1 or c.shape != hit.shape:
         raise HiermetricError(f"Give one confidence and one hit an image, not shapes {c.shape} and {hit.shape}.")
     for what, x in (('confidence', c), ('hit', hit)):
@@ -450,7 +328,7 @@ def violation_rate(
         return 0.0, 0.0
     images = edges = 0
     up = tax.tensor('parents', p.device)[1:]
-    for rows in _rows(*p.shape):
+    for rows in row_chunks(*p.shape):
         child, parent = p[rows, 1:], p[rows].index_select(1, up)
         bad = child > parent + tol if threshold is None else (child > threshold) & (parent <= threshold)
         images += int(bad.any(1).sum())
@@ -512,10 +390,10 @@ def per_sample(
     if nodes is not None:
         nodes = check_targets(nodes, tax, len(p), 'answer')
     if ranking is not None:
-        _check_scores(ranking, len(p), tax)
+        check_leaf_scores(ranking, len(p), tax)
     part = lambda x, rows: None if x is None else x[rows]
     with torch.no_grad():
-        tables = [_judge(p[o], t[o], tax, part(nodes, o), part(ranking, o), cost) for o in _rows(*p.shape)]
+        tables = [_judge(p[o], t[o], tax, part(nodes, o), part(ranking, o), cost) for o in row_chunks(*p.shape)]
     table = {c: np.concatenate([o[c] for o in tables]) for c in tables[0]}
     floors = {f'hd@{k}_floor': distance_floor(t, tax, k, cost) for k in (5, 20)}
     return pd.DataFrame(
@@ -666,7 +544,7 @@ class TreeMetric(Metric):
 
     def by_rank(self, ranks: Sequence[str | None] | None = None) -> pd.DataFrame:
         "`rank_accuracy` over all batches since `reset`"
-        return _by_rank(_below(self.nodes.cpu().numpy(), self.tax), self.tax, ranks)
+        return _by_rank(subtree_sums(self.nodes.cpu().numpy(), self.tax), self.tax, ranks)
 
 # %% ../nbs/10_metrics.ipynb #13124989
 def _choices(
@@ -744,7 +622,7 @@ def operating_curve(
     p = check_node_probs(node_probs, tax)
     t = check_targets(targets, tax, len(p))
     with torch.no_grad():
-        prob, change, start = zip(*(_changes(p[o], t[o], tax, rule) for o in _rows(*p.shape)))
+        prob, change, start = zip(*(_changes(p[o], t[o], tax, rule) for o in row_chunks(*p.shape)))
     prob, change, start = np.concatenate(prob), np.concatenate(change), np.sum(start, 0)
     order = np.argsort(-prob, kind='stable')
     prob = prob[order]

@@ -5,22 +5,21 @@
 # %% ../nbs/13_multitask.ipynb #64ba6d10
 from __future__ import annotations
 import math, warnings
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, choice
-from .taxonomy import Taxonomy
+from .aam import CombinedMargin
+from .arithmetic import best_path, deepest_sure, root_path
+from .checks import check_embeddings, check_node_probs, check_numbers, check_targets
+from .core import HiermetricError
 from .datasets import ImageTable
+from .decisions import Rule
 from .features import Features
-from .heads import EmbeddingNet, check_embeddings, check_numbers, label_nll, subtree_nll
-from .aam import CombinedMargin, unit
-from .metrics import check_node_probs, check_targets
-from .decisions import Rule, _deepest, _path
-from .paths import root_path
-from .unseen import known_ancestor
+from .geometry import unit
+from .heads import EmbeddingNet, label_nll, subtree_nll
 from hiermetric.pairs import (
     BoostedDeviance,
     ClassMeans,
@@ -37,6 +36,8 @@ from hiermetric.pairs import (
     relation,
 )
 from .retrieval import kmeans, neighbours
+from .taxonomy import Taxonomy
+from .unseen import known_ancestor
 
 # %% auto #0
 __all__ = ['MultiTask', 'label_rows', 'mined_loss', 'instance_loss', 'intra_triplets', 'triplet_loss', 'DiVA', 'match_clusters',
@@ -840,8 +841,8 @@ class RankFlags(Rule):
         self.strange = float(strange)
 
     def _answer(self, p: Tensor) -> Tensor:
-        nodes = _path(p, self.tax)
-        return _deepest(nodes, p.gather(1, nodes).double() >= torch.as_tensor(self.limits, device=p.device)[nodes])
+        nodes = best_path(p, self.tax)
+        return deepest_sure(nodes, p.gather(1, nodes).double() >= torch.as_tensor(self.limits, device=p.device)[nodes])
 
 # %% ../nbs/13_multitask.ipynb #eca9cdb7
 @patch
@@ -855,7 +856,7 @@ def fit(
     Rule.fit(self, tax=tax)
     p = check_node_probs(node_probs, tax)
     t = check_targets(targets, tax, len(p))
-    nodes = _path(p, tax)
+    nodes = best_path(p, tax)
     score, nodes = p.gather(1, nodes).double().cpu().numpy(), nodes.cpu().numpy()
     there = tax.is_ancestor(nodes, t[:, None])
     there[:, 1:] &= nodes[:, 1:] != nodes[:, :-1]  # a shallow leaf comes once

@@ -5,29 +5,29 @@
 # %% ../nbs/13_pairs.ipynb #e48e5245
 from __future__ import annotations
 import copy, math
-from collections.abc import Callable, Sequence
 import torch, torch.nn.functional as F
+from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from scipy.optimize import minimize_scalar
 from pytorch_metric_learning import losses as pml_losses, miners as pml_miners
 from pytorch_metric_learning.distances import BaseDistance
 from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
 from fastcore.basics import patch
+from .checks import check_node_ids, check_numbers
 from .core import HiermetricError, Registry, choice
+from .geometry import DISTANCES, distances, offsets, unit
+from .heads import LeafHead, label_nll, prototypes
 from .taxonomy import Taxonomy
-from .heads import LeafHead, check_numbers, check_targets, label_nll, prototypes
-from .aam import unit
-from .retrieval import DISTANCES
 
 # %% auto #0
-__all__ = ['GRADES', 'LOSSES', 'MINERS', 'relation', 'distances', 'PairLoss', 'check_labels', 'LibraryLoss', 'leaf_labels',
-           'known_pairs', 'triplet', 'contrastive', 'LearntBounds', 'margin', 'first_bound', 'multi_similarity',
-           'supcon', 'ProxyNCA', 'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs',
-           'distance_weighted', 'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet',
-           'as_triplets', 'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets',
-           'nearest_at', 'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'in_own_type', 'Decorrelation',
-           'NeighbourNCA', 'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard',
-           'create_loss', 'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
+__all__ = ['GRADES', 'LOSSES', 'MINERS', 'relation', 'PairLoss', 'check_labels', 'LibraryLoss', 'leaf_labels', 'known_pairs',
+           'triplet', 'contrastive', 'LearntBounds', 'margin', 'first_bound', 'multi_similarity', 'supcon', 'ProxyNCA',
+           'LibraryMiner', 'epshn', 'hard', 'semi_hard', 'multi_similarity_pairs', 'distance_weighted',
+           'RandomTriplets', 'draw', 'intra_class', 'grades', 'overlap', 'TreeTriplet', 'as_triplets',
+           'mean_above_zero', 'TreeMargin', 'triplet_counts', 'TreeSupCon', 'chosen', 'TreeTriplets', 'nearest_at',
+           'BoostedDeviance', 'same_and_different', 'reverse_gradient', 'in_own_type', 'Decorrelation', 'NeighbourNCA',
+           'follow_slowly', 'two_views', 'MomentumContrast', 'SimCLR', 'simclr', 'MultiLabelSemiHard', 'create_loss',
+           'create_miner', 'ClassMeans', 'class_means', 'MetricHead']
 
 # %% ../nbs/13_pairs.ipynb #25e35739
 def relation(
@@ -39,15 +39,6 @@ def relation(
     u, v = u[:, None], v[None]
     last = taxonomy.tensor('last', u.device)
     return (u == v) & (last[u] == u), (last[u] < v) | (last[v] < u)
-
-# %% ../nbs/13_pairs.ipynb #a7a1a46e
-def distances(
-    x: Tensor,  # (B, D)
-    y: Tensor,  # (R, D)
-    distance: str = 'cosine',  # one of `DISTANCES`
-) -> Tensor:  # (B, R)
-    "@eq-distance; for the cosine, rows of length 1 are expected"
-    return 1 - x @ y.T if distance == 'cosine' else torch.cdist(x, y)
 
 # %% ../nbs/13_pairs.ipynb #e6460ed3
 class _Distance(BaseDistance):
@@ -118,7 +109,7 @@ def check_labels(
 ) -> None:
     "Raise `HiermetricError` unless the labels fit"
     if targets.ndim == 1:
-        return check_targets(targets, taxonomy, n, values=targets.device.type == 'cpu')
+        return check_node_ids(targets, taxonomy, n, values=targets.device.type == 'cpu')
     if not multi_label:
         raise HiermetricError(
             f"Labels of shape {tuple(targets.shape)} do not fit: here every image has one label, (B,) node ids."
@@ -299,16 +290,7 @@ class ProxyNCA(PairLoss):
             self.taxonomy.tensor(k, x.device)[targets, None] for k in ('leaf_column', 'leaf_start', 'leaf_stop')
         )
         j = torch.arange(len(p), device=x.device)
-        return label_nll(-self.scale * _offsets(x, p, self.distance), column[:, 0], (j >= start) & (j < stop)).mean()
-
-# %% ../nbs/13_pairs.ipynb #428cf862
-def _offsets(x: Tensor, p: Tensor, distance: str) -> Tensor:  # (B, L), the smaller the nearer
-    "Cosine or squared Euclidean distances: both are smooth where x meets p"
-    if distance == 'cosine':
-        return 1 - x @ p.T
-    centre = p.detach().mean(0)
-    x, p = x - centre, p - centre  # squares of what is far from 0 are rounded
-    return (x.square().sum(1, keepdim=True) - 2 * x @ p.T + p.square().sum(1)).clamp_min(0)
+        return label_nll(-self.scale * offsets(x, p, self.distance), column[:, 0], (j >= start) & (j < stop)).mean()
 
 # %% ../nbs/13_pairs.ipynb #fd797de3
 class LibraryMiner:
@@ -1106,7 +1088,7 @@ def logits(
 ) -> Tensor:  # (B, L)
     "−s times the distance to each mean; for a leaf without one, the lowest of the row"
     w, seen = self.full(self.weight), self.count > 0
-    z = -self.scale * _offsets(self.represent(emb), unit(w) if self.distance == 'cosine' else w, self.distance)
+    z = -self.scale * offsets(self.represent(emb), unit(w) if self.distance == 'cosine' else w, self.distance)
     lowest = z.masked_fill(~seen, math.inf).amin(1, keepdim=True)
     return torch.where(seen, z, torch.where(seen.any(), lowest, 0.0))
 

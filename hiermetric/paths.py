@@ -5,62 +5,22 @@
 # %% ../nbs/09_paths.ipynb #c0a17488
 from __future__ import annotations
 import math
-from collections.abc import Sequence
 import torch, torch.nn.functional as F
+from collections.abc import Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .core import HiermetricError, choice
-from .taxonomy import Taxonomy, _whole_number
-from .heads import LeafHead, check_numbers, check_targets, create_head, label_nll, prototypes, subtree_nll
-from .aam import ArcFace, unit
-from .sphere import leaf_sums, sibling_log_softmax
+from .aam import ArcFace
+from .arithmetic import group_logsumexp, leaf_counts, leaf_sums, path_rings, root_path, sibling_log_softmax
+from .checks import check_numbers
+from .core import HiermetricError, choice, whole_number
+from .geometry import unit
+from .heads import LeafHead, create_head, label_nll, prototypes, subtree_nll
+from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['JOINTS', 'ATTENTIONS', 'root_path', 'path_rings', 'group_logsumexp', 'path_steps', 'Objective', 'StepObjective',
-           'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels', 'SoftMaxMargin', 'LogitAdjusted',
-           'leaf_counts', 'PathSoftmax', 'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention',
-           'semantic_vectors', 'SemanticEmbedding']
-
-# %% ../nbs/09_paths.ipynb #865202d1
-def root_path(
-    targets: Tensor,  # (B,) node ids
-    taxonomy: Taxonomy,  # tree of height H
-) -> Tensor:  # (B, H+1) node ids
-    "The nodes from the root to each label, and the label again on the levels below it"
-    parents, depths = (taxonomy.tensor(k, targets.device) for k in ('parents', 'depths'))
-    path = [targets]
-    for k in range(taxonomy.height - 1, -1, -1):
-        path.append(torch.where(depths[path[-1]] > k, parents[path[-1]], path[-1]))
-    return torch.stack(path[::-1], 1)
-
-# %% ../nbs/09_paths.ipynb #b9bac526
-def path_rings(
-    targets: Tensor,  # (B,) node ids
-    taxonomy: Taxonomy,  # tree of height H over L leaves
-) -> Tensor:  # (B, L) int64
-    "The level at which each leaf parts from the label's path; H for all leaves under the label"
-    path = root_path(targets, taxonomy)[:, 1:]
-    start, stop = (taxonomy.tensor(k, targets.device)[path] for k in ('leaf_start', 'leaf_stop'))
-    steps = torch.zeros(len(path), taxonomy.n_leaves + 1, dtype=torch.long, device=path.device)
-    return (
-        steps.scatter_add(1, start, torch.ones_like(start))
-        .scatter_add(1, stop, -torch.ones_like(stop))
-        .cumsum(1)[:, :-1]
-    )
-
-# %% ../nbs/09_paths.ipynb #407a8f9b
-def group_logsumexp(
-    x: Tensor,  # (B, M)
-    group: Tensor,  # (B, M) or (M,) number of each column's group
-    groups: int,  # G
-) -> Tensor:  # (B, G); the lowest finite number for an empty group
-    "log Σ exp over groups of columns, each relative to its own maximum"
-    group, low = group.expand(x.shape), torch.finfo(x.dtype).min
-    top = x.new_full((len(x), groups), low).scatter_reduce(1, group, x.detach(), 'amax')
-    total = torch.zeros_like(top).scatter_add(1, group, (x - top.gather(1, group)).exp())
-    return torch.where(
-        total > 0, total.clamp_min(0.5).log() + top, low
-    )  # in a group with members the total is at least 1
+__all__ = ['JOINTS', 'ATTENTIONS', 'path_steps', 'Objective', 'StepObjective', 'HXE', 'HACE', 'ramp', 'SimpleHierarchy',
+           'leaf_costs', 'SoftLabels', 'SoftMaxMargin', 'LogitAdjusted', 'PathSoftmax', 'ConditionalSoftmax',
+           'ArcFaceMultiHead', 'HierarchicalAttention', 'semantic_vectors', 'SemanticEmbedding']
 
 # %% ../nbs/09_paths.ipynb #560f3d9a
 def path_steps(
@@ -316,22 +276,7 @@ class LogitAdjusted(Objective):
     def nll(self, logits: Tensor, targets: Tensor) -> Tensor:
         return label_nll(logits + self.tau * self.shift, *self.labels(targets))
 
-# %% ../nbs/09_paths.ipynb #fcef0afb
-def leaf_counts(
-    targets: Tensor | Sequence[int],  # (n,) node ids, leaves or not
-    taxonomy: Taxonomy,  # L leaves
-) -> Tensor:  # (L,) float64, n in sum
-    "Images of each leaf; one labelled at an inner node is spread in equal parts over the leaves under it"
-    targets = torch.as_tensor(targets).cpu()
-    check_targets(targets, taxonomy)
-    n = torch.bincount(targets, minlength=len(taxonomy)).double()
-    start = taxonomy.tensor('leaf_start')
-    stop = taxonomy.tensor('leaf_stop')
-    share = n / (stop - start)
-    steps = n.new_zeros(taxonomy.n_leaves + 1).index_add(0, start, share).index_add(0, stop, -share)
-    return steps.cumsum(0)[:-1].clamp_min(0)  # a rounding error below 0 is 0
-
-
+# %% ../nbs/09_paths.ipynb #ce2f7261
 @patch
 def prepare(
     self: LogitAdjusted,
@@ -548,7 +493,7 @@ def semantic_vectors(
     dim: int,  # D
 ) -> Tensor:  # (N, D) float64; the leaves' rows have length 1
     "Vectors whose products are the similarities of the tree, @eq-semantic; the best approximation if D is below L"
-    dim = _whole_number('The number of dimensions', dim)
+    dim = whole_number('The number of dimensions', dim)
     heights, leaves = taxonomy.cost_matrix('lca_height', rows=range(len(taxonomy))), taxonomy.tensor('leaves')
     S = (1 - torch.as_tensor(heights).double() / max(heights[leaves].max(), 1)).clamp_min(
         0

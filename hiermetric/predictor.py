@@ -5,141 +5,35 @@
 # %% ../nbs/15_predictor.ipynb #ac2a22bc
 from __future__ import annotations
 import csv, functools, hashlib, inspect, json, math, os, re, warnings
-from array import array
+import numpy as np, pandas as pd, torch
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 from . import core
-from .core import HiermetricError, Registry, atomic_path, choice, did_you_mean, settle
-from .taxonomy import Taxonomy, TaxonomyError, TaxonomyWarning, _clean, _escaped, _restored, _whole
-from .datasets import IMAGE_TYPES, _nearby
+from .arithmetic import leaf_distribution, leaf_interval_sums
 from .backbones import Backbone, create_backbone
-from .features import Features, _batches, _engines, _threads, choose_engine
-from .heads import MODEL, Model, _name, _settings, create_head
-from .metrics import accuracy, leaf_distribution, negative_log_likelihood
-from .decisions import Rule, TemperatureScaling, _rules, create_rule
-from .unseen import Detector, Outputs, create_detector, model_outputs
+from .core import HiermetricError, Registry, atomic_path, did_you_mean, nearby_folders, settle
+from .datasets import IMAGE_TYPES
+from .decisions import RULES, Rule, TemperatureScaling, create_rule
+from .features import ENGINES, Features, choose_engine, image_batches, torch_threads
+from .heads import MODEL, Model, create_head, head_name, head_settings
+from .metrics import accuracy, negative_log_likelihood
+from .ranks import Ranks, down_to
+from .taxonomy import Taxonomy, TaxonomyError, clean_name, escape_name, unescape_name, utf8_name
 from .training import image_size, load_run, split_tensors
+from .unseen import Detector, Outputs, create_detector, model_outputs
 
 # %% auto #0
-__all__ = ['FORMATS', 'Ranks', 'down_to', 'listed_leaves', 'Scope', 'novelty', 'next_steps', 'Question', 'Predictor',
-           'walk_images', 'all_images', 'passed_over', 'model_folder', 'Format', 'JsonLines', 'EcoTaxa', 'DarwinCore',
+__all__ = ['FORMATS', 'listed_leaves', 'Scope', 'novelty', 'next_steps', 'Question', 'Predictor', 'walk_images', 'all_images',
+           'passed_over', 'is_network_error', 'model_folder', 'Format', 'JsonLines', 'EcoTaxa', 'DarwinCore',
            'AnswerFile']
-
-# %% ../nbs/15_predictor.ipynb #0eab2f49
-@dataclass
-class Ranks:
-    "Which node of a tree has which rank"
-
-    names: list[str]  # from the top down
-    of: np.ndarray  # (N,) place in `names`, −1 where a node has no rank
-
-    @classmethod
-    def read(
-        cls,
-        # names of the levels from the top down, or a CSV whose columns are ranks from the top down
-        ranks: str | Path | Sequence[str],
-        tax: Taxonomy,  # tree over the N nodes
-    ) -> Ranks:
-        "From a list of names, or from a table of taxa, in which a node is found by its path"
-        if isinstance(ranks, (str, Path)) and Path(ranks).suffix.lower() in ('.csv', '.tsv', '.txt'):
-            return cls._table(Path(ranks), tax)
-        names = [_clean(o) for o in (ranks.split(',') if isinstance(ranks, str) else ranks)]
-        if len(ends := np.unique(tax.depths[tax.leaves])) > 1:
-            raise HiermetricError(
-                f"The leaves of this tree lie at the depths {ends[0]} to {ends[-1]}, so that its levels are no "
-                "ranks; give a CSV with one column a rank."
-            )
-        if len(names) != tax.height:
-            raise HiermetricError(
-                f"There are {len(names)} ranks for the {tax.height} levels below the root; name every level, from "
-                "the top down."
-            )
-        return cls(names, tax.depths.astype(int) - 1)
-
-    @classmethod
-    def of_tree(
-        cls,
-        tax: Taxonomy,  # tree over the N nodes
-    ) -> Ranks | None:
-        "What the tree itself knows; None where it knows nothing"
-        return cls(list(tax.ranks), tax.rank_of) if (tax.rank_of >= 0).any() else None
-
-    @classmethod
-    def _table(cls, path: Path, tax: Taxonomy) -> Ranks:
-        if not path.is_file():
-            raise HiermetricError(f"There is no table of ranks {path}.{_nearby(path)}")
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', TaxonomyWarning)  # a name at two ranks is what this is made for
-            table = Taxonomy.from_csv(path, name='')
-        of = _ranks_of(tax, table)
-        if (of < 0).all():
-            raise HiermetricError(
-                f"No name in {path} is in the tree of {tax.names[0]!r}; its columns should be ranks from the top "
-                "down, and its cells names of taxa."
-            )
-        used = np.unique(of[of >= 0])
-        return cls([table.ranks[k] for k in used], np.where(of < 0, -1, np.searchsorted(used, of)))
-
-    def name(self, node: int) -> str:
-        return self.names[self.of[node]] if self.of[node] >= 0 else ''
-
-# %% ../nbs/15_predictor.ipynb #c4a17040
-def _ranks_of(tax: Taxonomy, table: Taxonomy) -> np.ndarray:  # (N,) place in `table.ranks`, −1 for none
-    "Ranks from another tree: of the nodes there of the same name (or label), the one with the most ancestors in common"
-    named, of = {k: list(v) for k, v in table.labels.items()}, np.full(len(tax), -1)
-    for i, name in enumerate(table.names):
-        named[name] = [*named.get(name, ()), i]
-    above = lambda t, i: t.names[t.ancestors(i)[1:-1]]
-    for i in range(1, len(tax)):
-        found = [k for k in dict.fromkeys(named.get(tax.names[i], ())) if table.rank_of[k] >= 0]
-        if len(found) > 1:
-            mine = Counter(above(tax, i))
-            found.sort(key=lambda k: (-(mine & Counter(above(table, k))).total(), len(above(table, k))))
-        if found:
-            of[i] = table.rank_of[found[0]]
-    return of
-
-# %% ../nbs/15_predictor.ipynb #ec31b639
-def down_to(
-    tax: Taxonomy,  # tree over the N nodes
-    rank: str | int | None,  # level (1 is right below the root), name of a rank, or None for everything
-    ranks: Ranks | None = None,  # which node has which; None: what the tree knows
-) -> np.ndarray:  # (N,) bool, closed upwards
-    "The nodes at a rank and above it"
-    if rank is None:
-        return np.ones(len(tax), bool)
-    if str(rank).strip().lstrip('-').isdecimal():
-        if not 1 <= int(rank) <= tax.height:
-            raise HiermetricError(
-                f"There is no level {rank}; this tree has the levels 1 (right below the root) to {tax.height}."
-            )
-        return tax.depths <= int(rank)
-    ranks = ranks or Ranks.of_tree(tax)
-    if ranks is None:
-        raise HiermetricError(
-            f"This model does not know which taxa are of the rank {rank!r}. Give a level from 1 to {tax.height}, "
-            "or tell it the ranks with ranks=… (--ranks): a CSV with one column a rank."
-        )
-    most = ranks.names.index(choice('rank', _clean(rank), ranks.names))
-    named = ranks.of >= 0
-    at, ranked, keep = named & (ranks.of <= most), named.copy(), np.ones(len(tax), bool)
-    count = np.append(0, at.cumsum())
-    holds = count[tax.last + 1] > count[:-1]  # a rank that is wanted, here or below
-    for depth in range(1, tax.height + 1):
-        i = np.flatnonzero(tax.depths == depth)
-        above = tax.parents[i]
-        keep[i] = keep[above] & (at[i] | ~named[i] & (holds[i] | ~ranked[above]))
-        ranked[i] |= ranked[above]
-    return keep
 
 # %% ../nbs/15_predictor.ipynb #89d08d83
 def listed_leaves(
@@ -153,7 +47,7 @@ def listed_leaves(
     if isinstance(within, (str, Path)) and os.path.isfile(within):
         nodes = _checklist(Path(within), tax)
     elif isinstance(within, Path):
-        raise HiermetricError(f"There is no list of taxa {within}.{_nearby(within)}")
+        raise HiermetricError(f"There is no list of taxa {within}.{nearby_folders(within)}")
     else:
         nodes = tax.index([within] if isinstance(within, str) else list(within))
     if not len(nodes):
@@ -179,7 +73,7 @@ def _checklist(path: Path, tax: Taxonomy) -> list[int]:  # node ids
         try:
             found.append(tax.index(o))
         except TaxonomyError as e:
-            if len(tax._named(_clean(o))) > 1:
+            if len(tax._named(clean_name(o))) > 1:
                 raise HiermetricError(f"{path}: {e}") from e  # known, but not which
             unknown.append(o)
     if names and not found:
@@ -207,8 +101,7 @@ class Scope:
         ranks: Ranks | None = None,  # which node has which rank
     ):
         self.whole, self.listed = tax, listed_leaves(tax, within)
-        count = np.append(0, self.listed.cumsum())
-        under = count[tax.leaf_stop] - count[tax.leaf_start]
+        under = leaf_interval_sums(self.listed, tax)
         keep = (under > 0) & down_to(tax, rank, ranks)
         self.nodes, new = np.flatnonzero(keep), keep.cumsum() - 1  # (M,) ids in the whole tree
         above = tax.parents[self.nodes]
@@ -217,10 +110,7 @@ class Scope:
             if keep.all()
             else Taxonomy(tax.names.take(self.nodes), np.where(above < 0, -1, new[above]), distinct=True)
         )
-        up = np.where(keep, np.arange(len(tax)), tax.parents)
-        while not keep[up].all():
-            up = up[up]
-        self.at = new[up]  # (N,) where each node of the whole tree is to be found in the small one
+        self.at = new[tax.nearest_kept(keep)]  # (N,) where each node of the whole tree is to be found in the small one
         self.inside = under == tax.leaf_stop - tax.leaf_start  # (N,) whether all that a node stands for is listed
         alone = (
             (above > 0) & (tax.heights[self.nodes] == 0) & (tax.heirs[above] != above)
@@ -336,11 +226,11 @@ class Question:
 
 
 def _joined(names: Iterable[str], sep: str = '/') -> str:
-    return sep.join(_escaped(o, sep) for o in names)
+    return sep.join(escape_name(o, sep) for o in names)
 
 
 def _parts(path: str, sep: str = '/') -> list[str]:
-    return list(map(_restored, path.split(sep))) if path else []
+    return list(map(unescape_name, path.split(sep))) if path else []
 
 
 def _round(x: np.ndarray) -> np.ndarray:
@@ -460,7 +350,7 @@ def _inputs(
 
 def _sizes(
     images: Iterable[Any],
-) -> Tensor:  # (n, 2) widths and heights; 1 × 1 where an image cannot be read, which `_batches` tells
+) -> Tensor:  # (n, 2) widths and heights; 1 × 1 where an image cannot be read, which `image_batches` tells
     def one(o: Any) -> tuple[int, int]:
         try:
             return image_size(o)
@@ -498,7 +388,7 @@ def from_model(
     before, after = (leaf_distribution(o, tax) for o in (probs, scaled.scale(probs)))
     about = dict(
         data=str(meta.get('dataset', 'unnamed images')),
-        head=_name(model.head),
+        head=head_name(model.head),
         train_images=int((features.split == 'train').sum()),
         val_images=len(targets),
         top1=float(accuracy(tax.leaves[after.argmax(1).numpy()], targets.numpy(), tax)),
@@ -614,7 +504,7 @@ def ask(
     if candidates < 0:
         raise HiermetricError(f"The number of candidates must be 0 or more, not {candidates}.")
     scope = Scope(self.taxonomy, rank, within, self.ranks)
-    takes = inspect.signature(_rules[rule]).parameters
+    takes = inspect.signature(RULES[rule]).parameters
     if bad := [k for k in kwargs if k not in takes]:
         raise HiermetricError(f"The rule {rule!r} has no setting {bad[0]!r}; it has {', '.join(takes) or 'none'}.")
     if kwargs.get('at') == 'rank' and self.ranks:
@@ -679,7 +569,7 @@ def all_images(
         if not isinstance(o, (str, os.PathLike)):
             continue
         if not os.path.exists(o):
-            raise HiermetricError(f"There is no image or folder {o}.{_nearby(Path(o).absolute())}")
+            raise HiermetricError(f"There is no image or folder {o}.{nearby_folders(Path(o).absolute())}")
         if os.path.isdir(o) and next(walk_images(o), None) is None:
             raise HiermetricError(f"There is no image in {o}; images are {', '.join(sorted(IMAGE_TYPES))} files.")
     return (
@@ -744,7 +634,7 @@ def _embed(
     engine, names, sizes, waiting = choose_engine(engine), deque(), deque(), deque()
     sized = self.model.encoder is not None and self.model.encoder.size_input
     if engine not in self._running:
-        self._running[engine] = _engines[engine](self.backbone)
+        self._running[engine] = ENGINES[engine](self.backbone)
 
     def noted() -> Iterator[Any]:
         for i, o in enumerate(images):
@@ -754,7 +644,7 @@ def _embed(
             yield o
 
     def feed() -> Iterator[Tensor]:
-        for x, faults in _batches(
+        for x, faults in image_batches(
             noted(),
             self.backbone.transform,
             batch_size or (256 if engine == 'cuda' else 8),
@@ -763,7 +653,7 @@ def _embed(
             waiting.append(([names.popleft() for _ in faults], faults))
             yield x
 
-    with _threads(1 if engine == 'openvino' else None):
+    with torch_threads(1 if engine == 'openvino' else None):
         for z in self._running[engine](feed()):
             who, faults = waiting.popleft()
             x = torch.from_numpy(
@@ -896,7 +786,7 @@ def push_to_hub(
     try:
         return super(Predictor, self).push_to_hub(repo_id, **{'model_card_kwargs': {'repo_id': repo_id}} | kwargs)
     except Exception as e:
-        if not _of_network(e):
+        if not is_network_error(e):
             raise
         raise HiermetricError(
             f"{repo_id!r} was not pushed to the Hugging Face hub ({_first_line(e)}); check the connection and who "
@@ -904,7 +794,7 @@ def push_to_hub(
         ) from e
 
 
-def _of_network(e: BaseException) -> bool:
+def is_network_error(e: BaseException) -> bool:
     "Whether it comes from a library that talks to others"
     return any(
         o.__module__.split('.')[0]
@@ -941,7 +831,7 @@ def generate_model_card(self: Predictor, **kwargs) -> ModelCard:
     said = {'repo_id': 'FOLDER'} | facts | kwargs
     return super(Predictor, self).generate_model_card(
         **{
-            k: _whole(v).encode('utf-8', 'backslashreplace').decode() if isinstance(v, str) else v
+            k: utf8_name(v).encode('utf-8', 'backslashreplace').decode() if isinstance(v, str) else v
             for k, v in said.items()
         }
     )
@@ -963,7 +853,7 @@ def model_folder(
             )
         return inner
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(folder)) or path.parent.is_dir():
-        raise HiermetricError(f"There is no model folder {folder}.{_nearby(path.absolute())}")
+        raise HiermetricError(f"There is no model folder {folder}.{nearby_folders(path.absolute())}")
     return None
 
 
@@ -988,7 +878,7 @@ def from_pretrained(
     except HiermetricError:
         raise
     except Exception as e:
-        if not (isinstance(e, (OSError, ValueError)) or _of_network(e)):
+        if not (isinstance(e, (OSError, ValueError)) or is_network_error(e)):
             raise
         raise HiermetricError(
             f"There is no folder {folder}, and the Hugging Face hub does not give a model of that name either "
@@ -1092,7 +982,7 @@ def expand(self: Predictor) -> Predictor:
     old, new = self.taxonomy, self.taxonomy.expand()
     if new is old:
         return self
-    head = create_head(taxonomy=new, name=_name(self.model.head), **_settings(self.model.head))
+    head = create_head(taxonomy=new, name=head_name(self.model.head), **head_settings(self.model.head))
     head.load_state_dict(self.model.head.state_dict())
     own = (
         np.cumsum([1 + len(old.contracted.get(i, ())) for i in range(len(old))]) - 1
@@ -1140,7 +1030,7 @@ def _plain(cell: str) -> str:
 
 
 def _told(row: dict) -> dict:
-    return {k: _restored(v) if isinstance(v, str) and '\\' in v and k != 'path' else v for k, v in row.items()}
+    return {k: unescape_name(v) if isinstance(v, str) and '\\' in v and k != 'path' else v for k, v in row.items()}
 
 
 def _typed(rows: list[dict]) -> pd.DataFrame:
@@ -1189,13 +1079,13 @@ class Format:
         return self.text(packed[:0], True)
 
     def columns(self, line: str) -> list[str]:
-        return list(map(_restored, self.cells(line)))
+        return list(map(unescape_name, self.cells(line)))
 
     def cells(self, line: str) -> list[str]:
         return list(map(_plain, next(csv.reader([line], delimiter=self.sep, strict=True))))
 
     def text(self, packed: pd.DataFrame, header: bool = False) -> str:
-        safe = packed.rename(columns=lambda o: _harmless(_escaped(o))).map(
+        safe = packed.rename(columns=lambda o: _harmless(escape_name(o))).map(
             lambda o: _harmless(o) if isinstance(o, str) else o
         )
         return safe.to_csv(index=False, header=header, sep=self.sep, lineterminator='\n')
@@ -1208,7 +1098,7 @@ class Format:
     ) -> str:
         "Lines of text, in valid UTF-8"
         said = {
-            c: table[c].map(lambda o: _escaped(o) if isinstance(o, str) else o)
+            c: table[c].map(lambda o: escape_name(o) if isinstance(o, str) else o)
             for c in table
             if c != 'path' and table[c].dtype.kind not in 'bif'
         }
@@ -1332,7 +1222,7 @@ class EcoTaxa(Format):
         "Names of files that EcoTaxa finds: relative to the table, and such that no spreadsheet runs them"
         lost, out = [], []
         for name in images:
-            file = _restored(name)
+            file = unescape_name(name)
             if self.folder is not None:
                 with suppress(ValueError):
                     file = _shared(
@@ -1342,7 +1232,7 @@ class EcoTaxa(Format):
                 file = os.path.join('.', file)
             if '\r' in file or not _is_text(file):
                 lost.append(name)
-                file = _escaped(file)
+                file = escape_name(file)
             out.append(file)
         if lost:
             warnings.warn(
@@ -1478,7 +1368,9 @@ class AnswerFile:
     ):
         self.path = Path(path)
         self.format = FORMATS[format]()
-        self.about = json.loads(_whole(json.dumps({'format': format} | (about or {}), default=str, ensure_ascii=False)))
+        self.about = json.loads(
+            utf8_name(json.dumps({'format': format} | (about or {}), default=str, ensure_ascii=False))
+        )
         self.note = self.path.with_name(f'{self.path.name}.json')
         self.bytes, self.images, self._head, self._seen, self.base = 0, 0, None, _Seen(), os.getcwd()
         if self.path.exists():

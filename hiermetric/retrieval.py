@@ -5,27 +5,35 @@
 # %% ../nbs/13_retrieval.ipynb #b3c5f099
 from __future__ import annotations
 import json, math, platform, time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import numpy as np, pandas as pd, torch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .core import FolderKind, HiermetricError, atomic_path, choice, claim_folder
-from .taxonomy import Taxonomy, _whole_number
-from .aam import unit
-from .metrics import _below, _rows, check_targets
+from .arithmetic import subtree_sums
+from .checks import check_targets
+from hiermetric.core import (
+    FolderKind,
+    HiermetricError,
+    atomic_path,
+    choice,
+    claim_folder,
+    row_chunks,
+    versions,
+    whole_number,
+)
+from .geometry import DISTANCES, unit
+from .ranks import at_rank
+from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['DISTANCES', 'INDEX', 'VOTES', 'Neighbours', 'neighbours', 'Index', 'vote_probs', 'at_rank', 'ranking_scores',
+__all__ = ['INDEX', 'VOTES', 'Neighbours', 'neighbours', 'Index', 'gallery_labels', 'vote_probs', 'ranking_scores',
            'graded_scores', 'tree_gains', 'ideal_gains', 'kmeans', 'nmi', 'retrieval_scores', 'evaluate_retrieval',
            'Protocol', 'unseen_protocol']
 
 # %% ../nbs/13_retrieval.ipynb #0a063130
-DISTANCES = ('cosine', 'euclidean')
-
-
 @dataclass
 class Neighbours:
     "The nearest rows of a gallery for each of B queries, nearest first"
@@ -70,7 +78,7 @@ def _ready(
     if choice('distance', metric, DISTANCES) == 'euclidean':
         return x
     out = torch.empty_like(x)
-    for few in _rows(*x.shape):
+    for few in row_chunks(*x.shape):
         out[few] = unit(x[few])  # beside the result, nothing of its size
     return out
 
@@ -114,13 +122,13 @@ def _nearest(
     if metric == 'euclidean':
         centre = _centre(gallery)
         q = q - centre
-    for part in _rows(n, 1, 2**16):
+    for part in row_chunks(n, 1, 2**16):
         g = torch.as_tensor(gallery[part])
         half = None
         if metric == 'euclidean':
             g = g - centre
             half = g.square().sum(1) / 2
-        for few in _rows(len(q), len(g)):
+        for few in row_chunks(len(q), len(g)):
             s = q[few] @ g.T
             if half is not None:
                 s -= half
@@ -151,7 +159,7 @@ def neighbours(
     own: Tensor | np.ndarray | bool | None = None,
 ) -> Neighbours:
     "The exact nearest rows"
-    k = _whole_number('The number of neighbours', k)
+    k = whole_number('The number of neighbours', k)
     q, g = _pair(queries, gallery, metric)
     if not len(g):
         raise HiermetricError("The gallery is empty; nothing is near anything.")
@@ -163,7 +171,7 @@ def _measured(near: Neighbours, q: Tensor, gallery: Tensor | np.ndarray, metric:
     if metric == 'cosine':
         return near
     out = torch.empty_like(near.distances)
-    for few in _rows(len(q), near.rows.shape[1] * q.shape[1], 2**24):
+    for few in row_chunks(len(q), near.rows.shape[1] * q.shape[1], 2**24):
         out[few] = (q[few, None] - torch.as_tensor(gallery[near.rows[few].clamp_min(0)])).norm(dim=2)
     d, order = out.masked_fill(near.rows < 0, math.inf).sort(dim=1, stable=True)
     return Neighbours(near.rows.gather(1, order), d)
@@ -251,7 +259,7 @@ class Index:
         x = _ready(emb, metric, 'embeddings').numpy()
         self.taxonomy = taxonomy
         self.metric = metric
-        self.effort = _whole_number('The effort', effort)
+        self.effort = whole_number('The effort', effort)
         self.mapped = False
         self.kind = _kind(len(x)) if kind == 'auto' else choice('kind of index', kind, _KINDS)
         self.targets = check_targets(targets, taxonomy, len(x))
@@ -277,11 +285,9 @@ class Index:
 
 # %% ../nbs/13_retrieval.ipynb #0a8958f2
 def _origin(info: dict | None) -> dict:
-    import hiermetric
-
     return {
         'made': time.strftime('%Y-%m-%d %H:%M'),
-        'hiermetric': hiermetric.__version__,
+        'hiermetric': versions()['hiermetric'],
         'machine': platform.machine(),
     } | (info or {})
 
@@ -295,7 +301,7 @@ def search(
     own: Tensor | np.ndarray | None = None,
 ) -> Neighbours:  # rows are places in `targets` and `ids`
     "The nearest images"
-    k = _whole_number('The number of neighbours', k)
+    k = whole_number('The number of neighbours', k)
     if not len(self):
         raise HiermetricError("The index is empty; add images first.")
     q = _ready(queries, self.metric, 'queries', self.dim)
@@ -401,7 +407,7 @@ def remove(
         if bad := set(ids) - set(self.ids[self.alive].tolist()):
             raise HiermetricError(f"There is no image {sorted(bad)[0]!r} in the index.")
     if nodes is not None:
-        for i in self.taxonomy._check_ids(list(nodes)):
+        for i in self.taxonomy.node_ids(list(nodes)):
             gone |= (self.targets >= i) & (self.targets <= self.taxonomy.last[i])
     self.alive = self.alive & ~gone
     return n - len(self)
@@ -513,7 +519,7 @@ VOTES = {
 }
 
 
-def _labelled(
+def gallery_labels(
     rows: Tensor | np.ndarray, targets: Tensor | np.ndarray, tax: Taxonomy
 ) -> np.ndarray:  # node ids of rows of a gallery; of its first row where a row is −1
     t, rows = check_targets(targets, tax), np.asarray(rows)
@@ -545,59 +551,9 @@ def vote_probs(
             else (1 + 1e-4 * 0.5 ** torch.arange(d.shape[1], dtype=torch.float64)).expand_as(d)
         )  # the nearest decides between equals
     w = w.masked_fill(near.rows < 0, 0)
-    nodes = torch.as_tensor(_labelled(near.rows, targets, tax))
-    votes = torch.zeros(len(d), len(tax), dtype=torch.float64).scatter_add_(1, nodes, w).cumsum(1)
-    upto = F.pad(votes, (1, 0))
-    return ((upto[:, tax.tensor('last') + 1] - upto[:, :-1]) / upto[:, -1:].clamp_min(1e-300)).clamp_(0, 1).float()
-
-# %% ../nbs/13_retrieval.ipynb #afd309e0
-def at_rank(
-    tax: Taxonomy,  # tree over the N nodes
-    at: str | int | Iterable[int | str] = 'leaf',  # 'leaf', a depth, a name that `ranks` holds, or nodes by id or name
-    ranks: Sequence[str | None] | None = None,  # (N,) the rank of every node, None for a node without one
-) -> np.ndarray:  # (N,) int64: the node of that rank at or above each node, −1 where there is none
-    "Where every node belongs at a rank"
-    if isinstance(at, str) and ranks is not None:
-        if len(ranks) != len(tax):
-            raise HiermetricError(
-                f"There are {len(ranks)} ranks for {len(tax)} nodes; give one a node, None where it has none."
-            )
-        nodes = np.flatnonzero(np.asarray(ranks, dtype=object) == at)
-        if not len(nodes) and at != 'leaf':
-            raise HiermetricError(
-                f"No node has the rank {at!r}; there are "
-                f"{', '.join(dict.fromkeys(o for o in ranks if isinstance(o, str)))}."
-            )
-    elif isinstance(at, str) and at != 'leaf':
-        raise HiermetricError(
-            f"The rank {at!r} needs `ranks`, the rank of every node; without them there are 'leaf', depths and "
-            "sets of nodes."
-        )
-    else:
-        nodes = []
-    if isinstance(at, (int, np.integer)) and not isinstance(at, bool):
-        nodes = np.flatnonzero(tax.depths == at)
-    elif not isinstance(at, str):
-        nodes = np.atleast_1d(tax._check_ids(at if isinstance(at, (bool, float, np.ndarray, Tensor)) else list(at)))
-    elif at == 'leaf' and not len(nodes):
-        nodes = tax.leaves
-    if not len(nodes):
-        raise HiermetricError(f"This tree of height {tax.height} has no node at depth {at}.")
-    return _spread_down(np.unique(nodes).astype(np.int64), tax)
-
-# %% ../nbs/13_retrieval.ipynb #bcbcb231
-def _spread_down(
-    nodes: np.ndarray, tax: Taxonomy
-) -> np.ndarray:  # (N,) each node's own number over its whole subtree, −1 elsewhere
-    size = tax.last[nodes].astype(np.int64) - nodes + 1
-    if (low := np.flatnonzero(nodes[1:] <= tax.last[nodes[:-1]])).size:
-        raise HiermetricError(
-            f"{tax.names[nodes[low[0] + 1]]!r} lies below {tax.names[nodes[low[0]]]!r}; the nodes of one rank "
-            "must not lie below each other."
-        )
-    out = np.full(len(tax), -1)
-    out[np.repeat(nodes - np.append(0, size.cumsum()[:-1]), size) + np.arange(size.sum())] = np.repeat(nodes, size)
-    return out
+    nodes = torch.as_tensor(gallery_labels(near.rows, targets, tax))
+    votes = subtree_sums(torch.zeros(len(d), len(tax), dtype=torch.float64).scatter_add_(1, nodes, w), tax)
+    return (votes / votes[:, :1].clamp_min(1e-300)).clamp_(0, 1).float()
 
 # %% ../nbs/13_retrieval.ipynb #573e736a
 @patch
@@ -621,7 +577,7 @@ def means(
     place = np.where(self.alive, at_rank(self.taxonomy, at, ranks)[self.targets], -1)
     nodes, column = np.unique(place, return_inverse=True)
     sums = torch.zeros(len(nodes), self.dim, dtype=torch.float64)
-    for part in _rows(len(place), self.dim):
+    for part in row_chunks(len(place), self.dim):
         sums.index_add_(0, torch.as_tensor(column[part]), torch.as_tensor(self._vectors(part)).double())
     keep = nodes >= 0
     if not keep.any():
@@ -642,11 +598,11 @@ def node_probs(
     choice('rule', rule, VOTES)
     if rule != 'mean':
         near, tax = self.search(queries, 1 if rule == 'nearest' else k), self.taxonomy
-        return torch.cat([vote_probs(near[o], self.targets, tax, rule) for o in _rows(len(near), len(tax))])
+        return torch.cat([vote_probs(near[o], self.targets, tax, rule) for o in row_chunks(len(near), len(tax))])
     nodes, means = self.means('leaf')
     q = _ready(queries, self.metric, 'queries', self.dim)
     out, centre = torch.zeros(len(q), self.taxonomy.n_leaves), _centre(means)
-    for o in _rows(len(q), len(nodes)):
+    for o in row_chunks(len(q), len(nodes)):
         d = 1 - q[o] @ means.T if self.metric == 'cosine' else torch.cdist(q[o] - centre, means - centre)
         out[o, self.taxonomy.leaf_column[nodes]] = (-scale * d / d.mean(1, keepdim=True).clamp_min(1e-12)).softmax(1)
     return self.taxonomy.node_probs(out)
@@ -669,12 +625,12 @@ def classify(
     near, tax = self.search(queries, 1 if rule == 'nearest' else k), self.taxonomy
     place = at_rank(tax, at, ranks)
     nodes = torch.as_tensor(np.unique(place[place >= 0]))
-    best = [vote_probs(near[o], self.targets, tax, rule)[:, nodes].max(1) for o in _rows(len(near), len(tax))]
+    best = [vote_probs(near[o], self.targets, tax, rule)[:, nodes].max(1) for o in row_chunks(len(near), len(tax))]
     return torch.cat([torch.where(o.values > 0, nodes[o.indices], 0) for o in best]).numpy()
 
 # %% ../nbs/13_retrieval.ipynb #441ba6e6
 def _ks(k: Sequence[int]) -> tuple[int, ...]:  # for Recall@k
-    k = tuple(_whole_number('The k of Recall@k', o) for o in (k if isinstance(k, Iterable) else (k,)))
+    k = tuple(whole_number('The k of Recall@k', o) for o in (k if isinstance(k, Iterable) else (k,)))
     if not k:
         raise HiermetricError("Recall@k needs a k; give one at least, such as k=(1, 5).")
     return k
@@ -720,7 +676,7 @@ def graded_scores(
     k: int = 250,  # of AHP@k; K where there are fewer
 ) -> dict[str, Tensor]:  # hp@k for k = 1, 10, 100 as far as they go, ahp@k: (B,) float64
     "Hierarchical precision, query by query"
-    k = _whole_number('The k of AHP@k', k)
+    k = whole_number('The k of AHP@k', k)
     g, best = (_tensor(o).double()[:, :k].cumsum(1) for o in (gains, ideal))
     if g.shape != best.shape or g.ndim != 2:
         raise HiermetricError(
@@ -750,7 +706,7 @@ def ideal_gains(
     "Gains of the best possible ranking: first all of the same node, then of its parent, and so on upwards"
     node, back = np.unique(check_targets(queries, tax), return_inverse=True)
     exact = np.bincount(check_targets(gallery, tax), minlength=len(tax))
-    under = _below(exact, tax)
+    under = subtree_sums(exact, tax)
     upto, gain = [exact[node] - own], [np.ones(len(node))]
     while (node >= 0).any():
         up = np.maximum(node, 0)
@@ -770,7 +726,7 @@ def kmeans(
     seed: int = 1234,  # faiss's own
 ) -> tuple[Tensor, Tensor]:  # (n,) int64, cluster of each row; (k, D) centres
     "k-means over all rows, by faiss; twice the same from the same seed"
-    x, k = _ready(emb, metric, 'embeddings'), _whole_number('The number of clusters', k)
+    x, k = _ready(emb, metric, 'embeddings'), whole_number('The number of clusters', k)
     if not k <= len(x):
         raise HiermetricError(f"{len(x)} images fall into 1 to {len(x)} clusters, not {k}.")
     centre = _centre(x) if metric == 'euclidean' else 0.0
@@ -819,7 +775,7 @@ def retrieval_scores(
 ) -> dict[Any, pd.DataFrame]:  # by rank, 'graded' and 'labels': B rows, a column a score
     "Every score of every query"
     k = _ks(k)
-    graded = graded if graded is None else _whole_number('The K of AHP@K', graded)
+    graded = graded if graded is None else whole_number('The K of AHP@K', graded)
     if gallery is None:
         gallery, gallery_targets, own = queries, targets, True
     q, g = _pair(queries, gallery, metric)
@@ -832,7 +788,7 @@ def retrieval_scores(
     if K < 1:
         raise HiermetricError("The gallery is empty but for the query itself; nothing can be ranked.")
     parts = {name: [] for name in judges}
-    for few in _rows(len(q), len(g)):
+    for few in row_chunks(len(q), len(g)):
         rows = _nearest(q[few], g, K, metric, torch.arange(few.start, few.stop) if own else None).rows
         for name, judge in judges.items():
             parts[name].append(pd.DataFrame({c: np.asarray(v, dtype=float) for c, v in judge(few, rows).items()}))
@@ -891,7 +847,7 @@ class _Labels:
     own: bool  # (B, C) and (n, C) float32, 0 or 1
 
     def __post_init__(self):
-        self.most = max(int((self._both(o) > 0).sum(1).max()) for o in _rows(len(self.query), len(self.gallery)))
+        self.most = max(int((self._both(o) > 0).sum(1).max()) for o in row_chunks(len(self.query), len(self.gallery)))
 
     def _both(self, few: slice) -> Tensor:  # (b, n) labels in common
         both = self.query[few] @ self.gallery.T
@@ -1019,7 +975,7 @@ def unseen_protocol(
 ) -> Protocol:
     "Both models look up the test images in the gallery of all classes"
     g, t = check_targets(gallery_targets, tax), check_targets(targets, tax)
-    held = tax._check_ids(list(held))
+    held = tax.node_ids(list(held))
     for what, labels in (('gallery', g), ('test', t)):
         if (bad := np.setdiff1d(held, labels)).size:
             raise HiermetricError(

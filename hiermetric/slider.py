@@ -14,7 +14,9 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import HiermetricError
 from .taxonomy import Taxonomy
-from .metrics import _below, check_targets, information_scores
+from .arithmetic import subtree_sums
+from .checks import check_targets
+from .metrics import information_scores
 from .decisions import create_rule
 
 # %% auto #0
@@ -84,7 +86,7 @@ def confidence_steps(
 @patch(as_prop=True)
 def images(self: ConfidenceSteps) -> np.ndarray:  # (N,) how many of the images have their truth in each branch
     "Images of each branch"
-    return _below(np.bincount(self.targets, minlength=len(self.taxonomy)), self.taxonomy)
+    return subtree_sums(np.bincount(self.targets, minlength=len(self.taxonomy)), self.taxonomy)
 
 
 @patch(as_prop=True)
@@ -96,8 +98,8 @@ def stops(
     right = tax.is_ancestor(self.nodes, self.targets[None])
     count = lambda nodes: np.stack([np.bincount(o[ok], minlength=len(tax)) for o, ok in zip(nodes, right)])
     here = count(self.nodes)
-    below = _below(here, tax)
-    answered = _below(count(np.broadcast_to(self.targets, self.nodes.shape)), tax)
+    below = subtree_sums(here, tax)
+    answered = subtree_sums(count(np.broadcast_to(self.targets, self.nodes.shape)), tax)
     return np.stack([below - here, here, answered - below, self.images - answered]) / np.maximum(self.images, 1)
 
 # %% ../nbs/11_slider.ipynb #58db0ecc

@@ -5,51 +5,22 @@
 # %% ../nbs/07_sphere.ipynb #66d90af3
 from __future__ import annotations
 import math
-from collections.abc import Callable, Sequence
 import numpy as np, torch, torch.nn.functional as F
+from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
+from .aam import TAILS, add_margin
+from .arithmetic import closure, leaf_sums, path_sums, path_targets, sibling_log_softmax, subtree_sums
+from .checks import check_node_ids
 from .core import HiermetricError, choice
+from .geometry import unit
+from .heads import Head, prototypes
 from .taxonomy import Taxonomy
-from .heads import Head, check_targets, prototypes
-from .aam import TAILS, add_margin, unit
 
 # %% auto #0
-__all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'path_targets', 'path_sums', 'leaf_sums',
-           'tree_prior', 'node_frequency', 'bce', 'FocalLoss', 'AsymmetricLoss', 'create_criterion', 'closure',
-           'sibling_log_softmax', 'decode_nodes', 'NodeHead', 'SphereMulti', 'sphere_thesis']
-
-# %% ../nbs/07_sphere.ipynb #e6fd52f6
-def path_targets(
-    targets: Tensor,  # (B,) node ids, leaves or not
-    taxonomy: Taxonomy,  # tree over the N nodes
-    # (B, N−1) bool, is the node on the root path; (B, N−1) bool, does the label tell; None where it tells everything
-) -> tuple[Tensor, Tensor | None]:
-    "Labels as rows of bits, @eq-targets"
-    v, u = targets[:, None], torch.arange(1, len(taxonomy), device=targets.device)
-    last = taxonomy.tensor('last', targets.device)
-    positive = (u <= v) & (v <= last[1:])
-    if targets.device.type == 'cpu' and (taxonomy.tensor('heights')[targets] == 0).all():
-        return positive, None
-    return positive, (u <= v) | (u > last[v])
-
-# %% ../nbs/07_sphere.ipynb #76aadfda
-def path_sums(
-    x: Tensor,  # (…, N) a value for each node
-    taxonomy: Taxonomy,  # tree over the N nodes
-) -> Tensor:  # (…, N) of the same type
-    "Sum over the path from the root to each node, both included"
-    x64, after = x.double(), taxonomy.tensor('last', x.device) + 1
-    gone = torch.zeros_like(F.pad(x64, (0, 1))).index_add(-1, after, x64)[..., :-1]
-    return (x64 - gone).cumsum(-1).to(x.dtype)
-
-
-def leaf_sums(
-    z: Tensor,  # (…, N−1) a value for each node but the root
-    taxonomy: Taxonomy,  # tree over the N nodes, L leaves
-) -> Tensor:  # (…, L) of the same type
-    "Sum over the path from below the root to each leaf"
-    return path_sums(F.pad(z, (1, 0)), taxonomy).index_select(-1, taxonomy.tensor('leaves', z.device))
+__all__ = ['CRITERIA', 'VETO', 'LEAF_SCORES', 'DECODES', 'MARGINS', 'BIASES', 'SCALES', 'tree_prior', 'node_frequency', 'bce',
+           'FocalLoss', 'AsymmetricLoss', 'create_criterion', 'decode_nodes', 'NodeHead', 'without_chains',
+           'resolve_node_weights', 'SphereMulti', 'sphere_thesis']
 
 # %% ../nbs/07_sphere.ipynb #2608df24
 def tree_prior(
@@ -66,10 +37,9 @@ def node_frequency(
     """How often each node is true among the samples whose label tells; one more of either kind is added, which keeps it
     off 0 and 1"""
     targets = targets.cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets))
-    check_targets(targets, taxonomy)
+    check_node_ids(targets, taxonomy)
     count = torch.bincount(targets.long(), minlength=len(taxonomy)).double()
-    upto = F.pad(count.cumsum(0), (1, 0))
-    below = upto[taxonomy.tensor('last') + 1] - upto[:-1]  # at the node or under it
+    below = subtree_sums(count, taxonomy)  # at the node or under it
     above = path_sums(count, taxonomy)[taxonomy.tensor('parents')[1:]]  # strictly above it
     return ((below[1:] + 1) / (len(targets) - above + 2)).float()
 
@@ -135,35 +105,6 @@ def create_criterion(
         return CRITERIA[choice('criterion', name, CRITERIA)](**kw)
     except TypeError as e:
         raise HiermetricError(f"The criterion {name!r} does not take the settings {kw}: {e}.") from e
-
-# %% ../nbs/07_sphere.ipynb #88442dff
-def _max_into(x: Tensor, at: Tensor, values: Tensor) -> Tensor:  # (…, N), (K,), (…, K) to (…, N)
-    "`x`, at some places raised to the largest of what arrives there"
-    return x.scatter_reduce(-1, at.expand_as(values), values, 'amax')
-
-
-def closure(
-    x: Tensor,  # (…, N) a number for every node: probabilities, or logits
-    taxonomy: Taxonomy,  # tree over the N nodes
-) -> Tensor:  # (…, N) no child above its parent
-    "Every node gets the largest value of its subtree, one level at a time; the gradient goes where the maximum is"
-    parents, depths = taxonomy.tensor('parents', x.device), taxonomy.tensor('depths', x.device)
-    levels = depths.argsort(stable=True).split(np.bincount(taxonomy.depths).tolist())
-    for nodes in levels[:0:-1]:
-        x = _max_into(x, parents[nodes], x.index_select(-1, nodes))
-    return x
-
-# %% ../nbs/07_sphere.ipynb #e1b5f787
-def sibling_log_softmax(
-    logits: Tensor,  # (…, N−1)
-    taxonomy: Taxonomy,  # tree over the N nodes
-) -> Tensor:  # (…, N−1) log p(node | parent)
-    "Softmax over the children of each parent, in logarithms"
-    up = taxonomy.tensor('parents', logits.device)[1:]
-    top = _max_into(logits.new_full((*logits.shape[:-1], len(taxonomy)), -math.inf), up, logits.detach())
-    low = logits - top.index_select(-1, up)
-    total = low.new_zeros(top.shape).index_add(-1, up, low.exp())
-    return low - total.index_select(-1, up).log()
 
 # %% ../nbs/07_sphere.ipynb #0e6eebcb
 VETO = 0.2  # λ
@@ -234,7 +175,7 @@ class NodeHead(Head):
         self.weight_power = float(node_weights) if isinstance(node_weights, (int, float)) else None
         self.prior_given = prior is not None
         self.register_buffer('prior', _prior(prior, self.tree, taxonomy))
-        self.register_buffer('node_weights', _node_weights(node_weights, self.tree, self.prior, taxonomy))
+        self.register_buffer('node_weights', resolve_node_weights(node_weights, self.tree, self.prior, taxonomy))
 
     def train_logits(self, emb: Tensor, positive: Tensor) -> Tensor:
         return self.logits(emb)
@@ -243,7 +184,7 @@ class NodeHead(Head):
         return torch.ones(len(targets), device=targets.device)
 
 # %% ../nbs/07_sphere.ipynb #ded09db7
-def _without_chains(tree: Taxonomy, whole: Taxonomy | None) -> str:
+def without_chains(tree: Taxonomy, whole: Taxonomy | None) -> str:
     return '' if whole in (None, tree) else ' of the tree without chains'
 
 
@@ -255,12 +196,12 @@ def _prior(
     if p.shape != (len(tax) - 1,) or not ((p > 0) & (p <= 1)).all():
         raise HiermetricError(
             f"The prior must be {len(tax) - 1} probabilities above 0, one for each node below the "
-            f"root{_without_chains(tax, whole)}; got shape {tuple(p.shape)}. `node_frequency` counts them."
+            f"root{without_chains(tax, whole)}; got shape {tuple(p.shape)}. `node_frequency` counts them."
         )
     return p
 
 
-def _node_weights(
+def resolve_node_weights(
     w: float | str | Sequence[float] | Tensor, tax: Taxonomy, prior: Tensor | None = None, whole: Taxonomy | None = None
 ) -> Tensor:  # (N−1,) float32, N−1 in sum
     "Weights by frequency, by level or by node"
@@ -278,10 +219,10 @@ def _node_weights(
     if w.shape != (tax.height,):
         raise HiermetricError(
             f"Node weights must be {len(tax) - 1} finite numbers, one for each node below the "
-            f"root{_without_chains(tax, whole)} (or {tax.height}, one for each level), none below 0 and not all "
+            f"root{without_chains(tax, whole)} (or {tax.height}, one for each level), none below 0 and not all "
             f"0; got shape {tuple(w.shape)}."
         )
-    return _node_weights(tax.level_weights(w.tolist())[1:], tax)
+    return resolve_node_weights(tax.level_weights(w.tolist())[1:], tax)
 
 # %% ../nbs/07_sphere.ipynb #42a13fdf
 @patch
@@ -294,7 +235,7 @@ def prepare(
     if not self.prior_given:
         self.prior.copy_(node_frequency(self.on_tree(targets), self.tree))
     if self.weight_power is not None:
-        self.node_weights.copy_(_node_weights(self.weight_power, self.tree, self.prior))
+        self.node_weights.copy_(resolve_node_weights(self.weight_power, self.tree, self.prior))
 
 
 @patch
@@ -329,7 +270,7 @@ def _fitting(self: NodeHead, z: Tensor) -> Tensor:  # (B, M−1)
         return z
     raise HiermetricError(
         f"{type(self).__name__} gives {z.shape[1]} node logits, and {n} are wanted, one for each node below the "
-        f"root{_without_chains(self.tree, self.taxonomy)}; make them for `self.tree`."
+        f"root{without_chains(self.tree, self.taxonomy)}; make them for `self.tree`."
     )
 
 

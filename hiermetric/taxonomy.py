@@ -44,7 +44,7 @@ def _strides(
         up = up[up]
 
 # %% ../nbs/00_taxonomy.ipynb #46f38eea
-def _over_path(ufunc: np.ufunc, values: np.ndarray, parents: np.ndarray) -> np.ndarray:  # (N,)
+def over_path(ufunc: np.ufunc, values: np.ndarray, parents: np.ndarray) -> np.ndarray:  # (N,)
     "`ufunc` over the values from each node up to the root; 0 must be neutral"
     out = np.append(values, values.dtype.type(0))
     for up in _strides(parents):
@@ -52,7 +52,7 @@ def _over_path(ufunc: np.ufunc, values: np.ndarray, parents: np.ndarray) -> np.n
     return out[:-1]
 
 
-def _over_subtree(ufunc: np.ufunc, values: np.ndarray, parents: np.ndarray) -> np.ndarray:  # (N,)
+def over_subtree(ufunc: np.ufunc, values: np.ndarray, parents: np.ndarray) -> np.ndarray:  # (N,)
     "`ufunc` over the values of each node and all below it"
     out = values.copy()
     for up in _strides(parents):
@@ -72,7 +72,7 @@ def _depth_first(
     before -= np.repeat(before[first], np.diff(first, append=len(by)))
     step = np.empty(len(by), np.int32)
     step[by] = before + (parents[by] >= 0)
-    return _over_path(np.add, step, parents)
+    return over_path(np.add, step, parents)
 
 # %% ../nbs/00_taxonomy.ipynb #8f346fb6
 class Names(Sequence):
@@ -143,14 +143,14 @@ def _frozen(a: np.ndarray) -> np.ndarray:
     return a
 
 
-def _clean(name: Any) -> str:  # '' for a null
+def clean_name(name: Any) -> str:  # '' for a null
     "No blanks around it, no byte-order mark, composed Unicode"
     if not isinstance(name, str):
         return '' if name is None or name != name else str(name)
-    return unicodedata.normalize('NFC', _whole(name).replace('\ufeff', '')).strip()
+    return unicodedata.normalize('NFC', utf8_name(name).replace('\ufeff', '')).strip()
 
 
-def _whole(name: str) -> str:
+def utf8_name(name: str) -> str:
     "A name of the file system, whose UTF-8 a locale such as C takes for single bytes"
     return name if name.isascii() else name.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
 
@@ -305,7 +305,7 @@ class Taxonomy(_Derived):
             raise TaxonomyError("The tree is empty; give it at least a root.")
         _check_root(names, parents)
         parents = parents.astype(np.int32)
-        sizes = _over_subtree(np.add, np.ones(len(parents), np.int32), parents)
+        sizes = over_subtree(np.add, np.ones(len(parents), np.int32), parents)
         if sizes.max() != len(parents) or parents[sizes.argmax()] >= 0:
             raise TaxonomyError(
                 f"The tree has a cycle, from child to parent: {_cycle(names, parents)}; take one of these edges out."
@@ -319,20 +319,20 @@ class Taxonomy(_Derived):
             contracted, hollow = {number[k]: v for k, v in (contracted or {}).items()}, [number[k] for k in hollow]
             rank_of = None if rank_of is None else np.asarray(rank_of)[order]
             labels = {k: [number[o] for o in v] for k, v in (labels or {}).items()}
-        depths = _over_path(np.add, (parents >= 0).astype(np.int32), parents)
+        depths = over_path(np.add, (parents >= 0).astype(np.int32), parents)
         self.__dict__.update(
             names=names,
             parents=_frozen(parents),
             depths=_frozen(depths),
-            heights=_frozen(_over_subtree(np.maximum, depths, parents) - depths),
+            heights=_frozen(over_subtree(np.maximum, depths, parents) - depths),
             last=_frozen(np.arange(len(sizes), dtype=np.int32) + sizes - 1),
             contracted=MappingProxyType({int(k): tuple(v) for k, v in (contracted or {}).items()}),
             hollow=tuple(sorted(map(int, hollow))),
             _tensors={},
-            ranks=tuple(map(_clean, ranks)),
+            ranks=tuple(map(clean_name, ranks)),
             rank_of=_frozen(np.full(len(parents), -1, np.int32) if rank_of is None else np.array(rank_of, np.int32)),
             labels=MappingProxyType(
-                {k if k.isascii() else _clean(k): tuple(map(int, v)) for k, v in (labels or {}).items()}
+                {k if k.isascii() else clean_name(k): tuple(map(int, v)) for k, v in (labels or {}).items()}
             ),
         )
         if not distinct:
@@ -450,16 +450,16 @@ def _unsayable(also: str) -> re.Pattern:
     )
 
 
-def _escaped(
+def escape_name(
     text: str,  # a name, or the name of a file
     also: str = '',  # characters that have a meaning where it is written
 ) -> str:  # text in valid UTF-8 on one line
     r"Control characters, bytes that are no text, and the characters of `also`, as `\xNN`"
-    return _unsayable(also).sub(lambda m: f'\\x{ord(m[0]) & 0xFF:02x}', _whole(text))
+    return _unsayable(also).sub(lambda m: f'\\x{ord(m[0]) & 0xFF:02x}', utf8_name(text))
 
 
-def _restored(text: str) -> str:
-    "What `_escaped` was given"
+def unescape_name(text: str) -> str:
+    "What `escape_name` was given"
 
     def one(m: re.Match) -> str:
         return chr(k if (k := int(m[1], 16)) < 0x80 else 0xDC00 + k)
@@ -480,10 +480,10 @@ def _path_ends_in(self: Taxonomy, node: int, tail: str) -> bool:
     "Whether `tail` is the end of the node's path"
     while node >= 0:
         name = self.names[node]
-        if tail in (name, _escaped(name, '/')):
+        if tail in (name, escape_name(name, '/')):
             return True
         above = next(
-            (o for o in (tail.removesuffix('/' + name), tail.removesuffix('/' + _escaped(name, '/'))) if o != tail),
+            (o for o in (tail.removesuffix('/' + name), tail.removesuffix('/' + escape_name(name, '/'))) if o != tail),
             None,
         )
         if above is None:
@@ -500,12 +500,12 @@ def _find(self: Taxonomy, name: str) -> int:
     for m in re.finditer('/', name):
         found += [
             i
-            for o in dict.fromkeys((name[m.end() :], _restored(name[m.end() :])))
+            for o in dict.fromkeys((name[m.end() :], unescape_name(name[m.end() :])))
             for i in self._named(o)
             if self._path_ends_in(int(self.parents[i]), name[: m.start()])
         ]
     if not found and '\\' in name:
-        found = self._named(_restored(name))
+        found = self._named(unescape_name(name))
     whole = (
         [i for i in found if self.path(i) == name or not own and self.path(i) == self.path(0) + '/' + name]
         if '/' in name and len(found) > 1
@@ -536,8 +536,8 @@ def index(
 ) -> int | np.ndarray:  # node id; (B,) int64 for several names
     "Nodes by name"
     if isinstance(name, str) or not isinstance(name, Iterable):
-        return self._find(_clean(name))
-    names = list(map(_clean, name))
+        return self._find(clean_name(name))
+    names = list(map(clean_name, name))
     unique = list(dict.fromkeys(names))
     found = _look_up(unique, self.names, self._hashes).tolist()
     ids = {o: i if i >= 0 and '/' not in o else self._find(o) for o, i in zip(unique, found)}
@@ -550,7 +550,7 @@ def label_index(
     labels: Iterable[str],  # (B,) classes as the tree's table calls them; names or paths where there is no such table
 ) -> np.ndarray:  # (B,) int64 node ids
     "Nodes of classes by their rows of the table: a label is looked up among names only where no row has it"
-    labels = list(map(_clean, labels))
+    labels = list(map(clean_name, labels))
     rows = {o: self.labels.get(o, ()) for o in dict.fromkeys(labels)}
     for o, r in rows.items():
         if len(r) > 1:
@@ -566,30 +566,15 @@ def _is_tensor(x: Any) -> bool:
     return 'torch' in sys.modules and isinstance(x, sys.modules['torch'].Tensor)
 
 
-def _whole_number(
-    what: str,  # what is counted, for the message: 'The number of neighbours'
-    x: Any,  # what was given, of any integer type
-    least: int = 1,  # the smallest that makes sense
-) -> int:
-    "A whole number, or an error; booleans and fractions are none"
-    try:
-        n = least - 1 if 'bool' in str(getattr(x, 'dtype', type(x))) else operator.index(x)
-    except TypeError:
-        n = least - 1
-    if n < least:
-        raise HiermetricError(f"{what} must be {least}, {least + 1}, {least + 2}, …, not {x!r}.")
-    return n
-
-
 @patch
-def _check_ids(self: Taxonomy, x: Any) -> Any:
+def node_ids(self: Taxonomy, x: Any) -> Any:
     "Node ids as int64, or an error; tensors on an accelerator are not looked into, which would make them wait"
     if _is_tensor(x):
         torch = sys.modules['torch']
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise TaxonomyError(f"Node ids are integers, not {x.dtype}.")
         if x.device.type == 'cpu':
-            self._check_ids(x.numpy())
+            self.node_ids(x.numpy())
         return x.long()
     try:
         given, x = x, np.asarray(x)
@@ -631,7 +616,7 @@ def _node(self: Taxonomy, x: Any) -> int:
 @patch
 def _nodes(self: Taxonomy, *xs: Any) -> list:  # int64 arrays, or int64 tensors on one device
     "Ids, all in one library"
-    xs = list(map(self._check_ids, xs))
+    xs = list(map(self.node_ids, xs))
     try:
         np.broadcast_shapes(*(tuple(o.shape) for o in xs))
     except ValueError as e:
@@ -713,7 +698,7 @@ def path(
 ) -> str:  # 'root/…/name', which `index` understands when nothing contracted is in it
     "The names from the root to a node"
     return sep.join(
-        _escaped(o, sep.strip())
+        escape_name(o, sep.strip())
         for i in self.ancestors(node).tolist()
         for o in (*(self.contracted.get(i, ()) if contracted else ()), self.names[i])
     )
@@ -738,9 +723,9 @@ def _tidy(names: Iterable) -> list[str]:
     except TypeError:
         plain = False
     if not plain:
-        out = list(map(_clean, names))
+        out = list(map(clean_name, names))
     if out != names:
-        changed = [o for o, c in zip(names, out) if isinstance(o, str) and _whole(o) != c and c]
+        changed = [o for o, c in zip(names, out) if isinstance(o, str) and utf8_name(o) != c and c]
         if changed:
             warnings.warn(
                 f"{len(changed):,} names were cleaned of blanks around them, byte-order marks or split accents: "
@@ -786,7 +771,7 @@ def _from_pairs(
             "a rule."
         )
     if root is not None and (tree < 0).sum() > 1:
-        root = _clean(root)
+        root = clean_name(root)
         if root in names:
             raise TaxonomyError(f"{root!r} cannot be put above the roots because a node has that name; choose another.")
         names, tree, hollow = [root, *names], np.append(np.int32(-1), tree + np.int32(1)), [k + 1 for k in hollow]
@@ -838,7 +823,7 @@ def _root(
         return next(
             o for k in count(1) if (o := ('root', 'root of all', f'root of all {k}')[min(k, 3) - 1]) not in names
         )
-    if (root := _clean(root)) in names:
+    if (root := clean_name(root)) in names:
         raise TaxonomyError(
             f"A node has the name {root!r} of the root above all classes; choose another with root='…'."
         )
@@ -935,7 +920,7 @@ _PEOPLE = (
 
 
 def _unnamed(cell: str) -> bool:
-    return _clean(cell).lower() in _NULLS or bool(re.search(r'\bincertae[ _]sedis\b', cell, re.I))
+    return clean_name(cell).lower() in _NULLS or bool(re.search(r'\bincertae[ _]sedis\b', cell, re.I))
 
 
 def _read_csv(
@@ -950,7 +935,7 @@ def _read_csv(
             rows = csv.reader(
                 f, delimiter=sep, strict=True, quoting=csv.QUOTE_NONE if sep == '\t' else csv.QUOTE_MINIMAL
             )
-            head, out = list(map(_clean, next(rows, []))), []
+            head, out = list(map(clean_name, next(rows, []))), []
             for row in rows:
                 if row and len(row) != len(head):
                     raise TaxonomyError(
@@ -970,7 +955,7 @@ def _read_csv(
 
 def _column(path: Path, head: list[str], name: str, last: bool = False) -> int:
     "Where a heading stands: the first of its kind, or the last"
-    name = _clean(name)
+    name = clean_name(name)
     if name not in head:
         raise TaxonomyError(
             f"{path} has no column {name!r}; it has {', '.join(map(repr, head)) or 'none'}.{did_you_mean(name, head)}"
@@ -999,7 +984,7 @@ def _lineages(
     lines = [row[l].split(sep) for _, row in rows]
     unnamed, bare, cells = {o for o in set(chain.from_iterable(lines)) if _unnamed(o)}, Counter(), []
     for (n, row), above in zip(rows, lines):
-        if not _clean(row[c]):
+        if not clean_name(row[c]):
             raise TaxonomyError(f"{path}, line {n}: the class is blank; name it or remove the line.")
         bare.update(o for o in above if o in unnamed and o.strip())
         cells.append(
@@ -1064,7 +1049,7 @@ def _ranked(
         )
         for n, row in rows
     ]
-    bare = [str(n) for n, o, p in rows if not p and not _clean(o)]
+    bare = [str(n) for n, o, p in rows if not p and not clean_name(o)]
     if bare:
         warnings.warn(
             f"{path}: {len(bare):,} lines without any rank were left out (lines "
@@ -1072,7 +1057,7 @@ def _ranked(
             TaxonomyWarning,
             stacklevel=4,
         )
-    rows = [(o, p) for _, o, p in rows if p or _clean(o)]
+    rows = [(o, p) for _, o, p in rows if p or clean_name(o)]
     flat = iter(_tidy(chain.from_iterable([o, *(c for c, _ in p)] for o, p in rows)))
     clean = [list(islice(flat, len(p) + 1)) for _, p in rows]
     return [o[0] for o in clean], [o[1:] for o in clean], [[k for _, k in p] for _, p in rows]
@@ -1297,7 +1282,7 @@ def _path_labels(parents: np.ndarray, last: np.ndarray) -> np.ndarray:  # (3, N+
     "The three arrays of Schieber and Vishkin"
     out, stop = np.zeros((3, len(last) + 1), np.int32), last + np.int32(1)
     out[0, :-1] = label = stop & ~(_fill(np.arange(len(last), dtype=np.int32) ^ stop) >> 1)
-    out[1, :-1] = _over_path(np.bitwise_or, label & -label, parents)
+    out[1, :-1] = over_path(np.bitwise_or, label & -label, parents)
     top = np.append(True, label[1:] != label[parents[1:]])
     out[2, label[top]] = parents[top]
     return out
@@ -1503,15 +1488,24 @@ def level_weights(
 
 # %% ../nbs/00_taxonomy.ipynb #2bbbfdb3
 @patch
+def nearest_kept(
+    self: Taxonomy,
+    keep: np.ndarray,  # (N,) bool, true at the root
+) -> np.ndarray:  # (N,) node ids
+    "Each node, or its nearest ancestor that is kept"
+    up = np.where(keep, np.arange(len(self)), self.parents)
+    while not keep[up].all():
+        up = up[up]
+    return up
+
+
+@patch
 def _rehang(
     self: Taxonomy,
     keep: np.ndarray,  # (N,) bool, true at the root
 ) -> np.ndarray:  # (K,) number of the parent among the kept nodes, −1 at the root
     "Nearest kept ancestor of every kept node"
-    up = np.where(keep, np.arange(len(self)), self.parents)
-    while not keep[up].all():
-        up = up[up]
-    return np.append(-1, (np.cumsum(keep) - 1)[up[self.parents[keep][1:]]])
+    return np.append(-1, (np.cumsum(keep) - 1)[self.nearest_kept(keep)[self.parents[keep][1:]]])
 
 
 @patch
@@ -1555,7 +1549,7 @@ def prune(
     kept[[i for v in self.labels.values() for i in v]] = True
     real = self.heights == 0
     real[list(self.hollow)] = False
-    stay = _over_subtree(np.maximum, (real | kept).astype(np.int32), self.parents) > 0
+    stay = over_subtree(np.maximum, (real | kept).astype(np.int32), self.parents) > 0
     stay[0] = True
     single = stay & ~kept & ~real & (np.bincount(self.parents[1:][stay[1:]], minlength=len(self)) == 1)
     single[0] = False
@@ -1600,7 +1594,7 @@ def spanning(
     keep = np.zeros(len(self), np.int32)
     keep[self._nodes(nodes if isinstance(nodes, np.ndarray) else list(nodes))[0]] = 1
     keep[0] = 1
-    return self._kept(_over_subtree(np.maximum, keep, self.parents) > 0, self.contracted)
+    return self._kept(over_subtree(np.maximum, keep, self.parents) > 0, self.contracted)
 
 # %% ../nbs/00_taxonomy.ipynb #c4a17031
 @patch
@@ -1911,7 +1905,7 @@ def _branches(tax: Taxonomy) -> list[int]:  # node ids
     return tops
 
 
-def _hues(tax: Taxonomy) -> np.ndarray:  # (N, 3) red, green, blue in [0, 1]
+def tree_hues(tax: Taxonomy) -> np.ndarray:  # (N, 3) red, green, blue in [0, 1]
     "One hue a branch (none is red), grey above them"
     import seaborn as sns
 
@@ -2058,7 +2052,7 @@ def _paint(
     from matplotlib import cm, colors as mc
 
     if _per(tax, 'colors', colors, len(tax)) is None:
-        return _hues(tax), None
+        return tree_hues(tax), None
     if np.ndim(colors) != 1 or isinstance(colors[0], str):
         return mc.to_rgba_array(colors), None
     scale = cm.ScalarMappable(mc.Normalize(np.nanmin(colors), np.nanmax(colors)), cmap)

@@ -5,25 +5,38 @@
 # %% ../nbs/14_training.ipynb #ca3fcff0
 from __future__ import annotations
 import copy, ctypes, inspect, json, math, os, platform, subprocess, sys, time, warnings
+import numpy as np, pandas as pd, torch
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as VF
 from . import core
-from .core import HiermetricError, Registry, atomic_path, cache_dir, choice, settle, workplace
-from .taxonomy import Taxonomy
-from .datasets import ImageTable
-from .backbones import Transform, _opened, _regular, _unreadable, _upright_size
-from .features import Features, _Contents, _bar, _batches, _locked
+from .arithmetic import leaf_distribution
 from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
-from .heads import EmbeddingNet, Encoder, Head, Model, check_numbers, create_head, head_trait, power_normalise
-from .metrics import leaf_distribution, mistake_height, negative_log_likelihood
+from .backbones import Transform, open_picture, regular_file, unreadable, upright_size
+from .checks import check_numbers
+from hiermetric.core import (
+    HiermetricError,
+    Registry,
+    atomic_path,
+    cache_dir,
+    choice,
+    machine,
+    progress_bar,
+    settle,
+    versions,
+    workplace,
+)
+from .datasets import ImageTable
+from .features import Features, FileContents, cache_lock, image_batches
+from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
+from .metrics import mistake_height, negative_log_likelihood
+from .taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'LIMITS', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep',
@@ -291,13 +304,13 @@ def image_size(
         return image.shape[-1], image.shape[-2]
     try:
         if str(image).endswith('.npy'):
-            image = np.load(_regular(image), mmap_mode='r', allow_pickle=False)  # many bands
+            image = np.load(regular_file(image), mmap_mode='r', allow_pickle=False)  # many bands
         if isinstance(image, np.ndarray):
             return image.shape[1], image.shape[0]
-        with nullcontext((image, None)) if isinstance(image, Image.Image) else _opened(image) as (im, file):
-            return _upright_size(im, file)
+        with nullcontext((image, None)) if isinstance(image, Image.Image) else open_picture(image) as (im, file):
+            return upright_size(im, file)
     except Exception as e:
-        raise _unreadable(image, e) from e
+        raise unreadable(image, e) from e
 
 # %% ../nbs/14_training.ipynb #912e2506
 def decode_split(
@@ -320,19 +333,19 @@ def decode_split(
     rows = table.samples[table.samples['split'] == split]
     paths, shape = rows['path'].tolist(), (len(rows), transform.channels, transform.size, transform.size)
     where, name = Path(cache or cache_dir() / 'pixels'), Path(table.name).name
-    contents = _Contents(paths, where, f'{name}-{split}')
+    contents = FileContents(paths, where, f'{name}-{split}')
     key = core.fingerprint(
         2, table.fingerprint, split, contents.digests.tobytes(), transform
     )  # 2: the layout, and how pictures are read
     folder = where / f'{name}-{split}-{transform.size}-{key}'
     if folder.exists():
         return folder  # which needs no writing
-    with _locked(folder):
+    with cache_lock(folder):
         if folder.exists():
             return folder
         if 2 * math.prod(shape) > shutil.disk_usage(where).free:
             return None
-        with atomic_path(folder) as tmp, _bar(progress, f'{table.name}, {split}', len(paths), 0) as advance:
+        with atomic_path(folder) as tmp, progress_bar(progress, f'{table.name}, {split}', len(paths), 0) as advance:
             tmp.mkdir()
             _decode_into(
                 np.lib.format.open_memmap(tmp / 'x.npy', 'w+', np.uint8, shape), paths, transform, workers, advance
@@ -358,7 +371,7 @@ def _decode_into(
 ) -> None:
     "Fill `x`, or tell of all the files that cannot be read"
     at, wrong = 0, []
-    for batch, faults in _batches(paths, transform, 64, workers or min(os.cpu_count() or 1, 16)):
+    for batch, faults in image_batches(paths, transform, 64, workers or min(os.cpu_count() or 1, 16)):
         x[at : at + len(batch)] = batch.numpy()
         at += len(batch)
         advance(len(batch))
@@ -1175,9 +1188,6 @@ loggers = Registry(
 # %% ../nbs/14_training.ipynb #f44436ec
 def provenance(data: Features | ImageTable, settings: dict) -> dict[str, Any]:
     "What is needed to judge a run and to do it again"
-    from importlib.metadata import version
-    import hiermetric
-
     meta = data.meta if isinstance(data, Features) else dict(dataset=data.name, table=data.fingerprint)
     return dict(
         data=dict(
@@ -1187,11 +1197,9 @@ def provenance(data: Features | ImageTable, settings: dict) -> dict[str, Any]:
             **{k: meta[k] for k in ('dataset', 'table', 'backbone', 'size', 'backbone_fingerprint') if k in meta},
         ),
         settings=settings,
-        versions={'hiermetric': hiermetric.__version__, 'python': platform.python_version()}
-        | {o: version(o) for o in ('torch', 'torchvision', 'timm', 'accelerate', 'numpy')},
+        versions=versions('torch', 'torchvision', 'timm', 'accelerate', 'numpy'),
         git=_git(Path.cwd()),
-        machine=f'{platform.machine()}, {torch.get_num_threads()} threads'
-        + (f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''),
+        machine=machine(),
         command=' '.join(sys.argv),
         started=time.strftime('%Y-%m-%d %H:%M'),
     )
@@ -1431,20 +1439,14 @@ def load_run(
 @contextmanager
 def _steps_bar(trainer: Trainer, show: bool) -> Iterator[Callable]:
     "A bar over all steps of the run"
-    from rich.progress import Progress
-
-    head, epochs = trainer.settings['head'], trainer.settings['epochs']
-    with Progress(disable=not show, transient=True) as bar:
-        task = bar.add_task(head, total=epochs * trainer.steps)
+    head, total = trainer.settings['head'], trainer.settings['epochs'] * trainer.steps
+    with progress_bar(show, head, total, unit='steps') as advance:
+        at = 0
 
         def tell(row: dict | None = None) -> None:
-            at = trainer.epoch * trainer.steps + trainer.step
-            if row:
-                bar.update(
-                    task, completed=at, description=f"{head} NLL {row['val_nll']:.3f} top-1 {row['val_top1']:.1%}"
-                )
-            else:
-                bar.update(task, completed=at)
+            nonlocal at
+            before, at = at, trainer.epoch * trainer.steps + trainer.step
+            advance(at - before, row and f"{head} NLL {row['val_nll']:.3f} top-1 {row['val_top1']:.1%}")
 
         yield tell
 
@@ -1558,7 +1560,7 @@ def fit(
             "`fit` takes features, as `extract` gives them, or a table of images, as `load_dataset` does, not "
             f"{type(data).__name__}."
         )
-    cfg = _resolve(data, {k: v for k, v in locals().items() if k not in _OUTSIDE})
+    cfg = resolve_settings(data, {k: v for k, v in locals().items() if k not in _OUTSIDE})
     _look_over(dict(workers=workers, device=device, resume=resume, compile=compile, channels_last=channels_last))
     if not isinstance(log, (list, tuple)):
         raise HiermetricError(f"log is a list of loggers, such as log=('csv', 'console'), not {log!r}.")
@@ -1684,7 +1686,7 @@ def _look_over(given: dict) -> dict:
     return given
 
 
-def _resolve(data: Features | ImageTable, cfg: dict) -> dict:
+def resolve_settings(data: Features | ImageTable, cfg: dict) -> dict:
     "Settings with nothing left open, looked over"
     pictures, base, cfg = not isinstance(data, Features), defaults(), _look_over(cfg)
     if not pictures and (bad := [k for k in _IMAGES_ONLY if cfg[k] != base[k]]):

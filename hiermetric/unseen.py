@@ -5,26 +5,35 @@
 # %% ../nbs/12_unseen.ipynb #823462e3
 from __future__ import annotations
 import inspect, math
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastcore.basics import patch
-from .core import HiermetricError, Registry
-from .taxonomy import Taxonomy, _whole_number
+from hiermetric.arithmetic import (
+    best_path,
+    deepest_sure,
+    leaf_distribution,
+    leaf_interval_sums,
+    subtree_sums,
+    tree_median,
+)
+from .checks import check_targets
+from .core import HiermetricError, Registry, row_chunks, whole_number
+from .decisions import TemperatureScaling, check_same_tree, plain_values
 from .features import Features
+from .geometry import unit
 from .heads import Model
-from .aam import unit
-from .metrics import _rows, check_targets, leaf_distribution, mistake_height
-from .decisions import TemperatureScaling, _deepest, _path, _plain, _same_tree
+from .metrics import mistake_height
+from .taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['DETECTORS', 'PLACEMENTS', 'draw_species', 'hold_out', 'known_leaves', 'known_ancestor', 'known_probs', 'Outputs',
            'model_outputs', 'Detector', 'MaxSoftmax', 'Entropy', 'Energy', 'Clade', 'node_prototypes', 'Prototype',
            'KNN', 'create_detector', 'register_detector', 'list_detectors', 'auroc', 'Placement', 'ClimbUp',
-           'Complement', 'StepsUp', 'NearestPrototype', 'tree_median', 'ExpectedDistance', 'Blend', 'create_placement',
+           'Complement', 'StepsUp', 'NearestPrototype', 'ExpectedDistance', 'Blend', 'create_placement',
            'register_placement', 'list_placements', 'Rehearsal', 'rehearse', 'Rehearsed', 'balanced',
            'placement_scores', 'known_novel_curve', 'novel_at', 'curve_area', 'evaluate_placement']
 
@@ -36,10 +45,10 @@ def draw_species(
     exclude: Iterable[int] = (),  # node ids that are not to be drawn
 ) -> np.ndarray:  # (n,) node ids of leaves, ascending
     "Leaves with training images, at random"
-    n = _whole_number('The number of species', n)
+    n = whole_number('The number of species', n)
     trained = np.setdiff1d(
         np.intersect1d(features.taxonomy.leaves, features.targets[features.split == 'train']),
-        features.taxonomy._check_ids(list(exclude)),
+        features.taxonomy.node_ids(list(exclude)),
     )
     if not n < len(trained):
         raise HiermetricError(
@@ -55,7 +64,7 @@ def hold_out(
 ) -> Features:  # the same vectors; all images of these species are in the split 'unseen'
     "Take whole species out of training, validation and test"
     tax = features.taxonomy
-    nodes = tax._check_ids([species] if isinstance(species, str) else list(species))
+    nodes = tax.node_ids([species] if isinstance(species, str) else list(species))
     for i in nodes:
         if tax.heights[i]:
             raise HiermetricError(f"{tax.names[i]!r} is no leaf; hold out its species, one by one.")
@@ -88,12 +97,7 @@ def known_ancestor(
     known: np.ndarray,  # (L,) bool, the leaves that are trained
 ) -> np.ndarray:  # (N,) node ids
     "The right answer for every node, @eq-right"
-    has = _has_known(tax, known)
-    out = np.where(has, np.arange(len(tax)), tax.parents)
-    for depth in range(1, tax.height + 1):
-        i = np.flatnonzero((tax.depths == depth) & ~has)
-        out[i] = out[tax.parents[i]]
-    return out
+    return tax.nearest_kept(_has_known(tax, known))
 
 # %% ../nbs/12_unseen.ipynb #6dfbc3b3
 def _has_known(tax: Taxonomy, known: np.ndarray) -> np.ndarray:  # (N,) bool, is there a trained leaf at or below
@@ -105,8 +109,7 @@ def _has_known(tax: Taxonomy, known: np.ndarray) -> np.ndarray:  # (N,) bool, is
         )
     if not known.any():
         raise HiermetricError("No leaf is known; a model that was trained on nothing cannot place anything.")
-    upto = np.append(0, known.cumsum())
-    return upto[tax.leaf_stop] > upto[tax.leaf_start]
+    return leaf_interval_sums(known, tax) > 0
 
 # %% ../nbs/12_unseen.ipynb #2cdfa195
 def known_probs(
@@ -156,7 +159,7 @@ def model_outputs(
     device = next(model.parameters()).device
     parts = [
         _outputs(model, o.to(device), known)
-        for o in torch.as_tensor(x).split(_whole_number('The batch size', batch_size))
+        for o in torch.as_tensor(x).split(whole_number('The batch size', batch_size))
     ]
     return Outputs(*(torch.cat(o).float().cpu() for o in zip(*parts)))
 
@@ -199,7 +202,7 @@ class Detector:
         self._check_fitted()
         _check_outputs(outputs, self.tax)
         return (
-            torch.cat([self._score(outputs[o]).double() for o in _rows(len(outputs), self._width())])
+            torch.cat([self._score(outputs[o]).double() for o in row_chunks(len(outputs), self._width())])
             if len(outputs)
             else torch.zeros(0, dtype=torch.float64)
         )
@@ -278,19 +281,15 @@ class Clade(Detector):
         self,
         steps: int = 1,  # edges above the best leaf; 0 is the leaf itself
     ):
-        self.steps = _whole_number('The steps above the best leaf', steps, 0)
+        self.steps = whole_number('The steps above the best leaf', steps, 0)
 
     def _score(self, o: Outputs) -> Tensor:
-        return 1 - o.node_probs.gather(1, _above(o.node_probs, self.tax, self.steps)[:, None])[:, 0]
-
-# %% ../nbs/12_unseen.ipynb #bc266c8e
-def _above(p: Tensor, tax: Taxonomy, steps: int) -> Tensor:  # (B, N) to (B,)
-    "The node some edges above the most probable leaf, or the root"
-    leaves, parents = tax.tensor('leaves', p.device), tax.tensor('parents', p.device)
-    node = leaves[p.index_select(1, leaves).argmax(1)]
-    for _ in range(min(steps, tax.height)):
-        node = parents[node].clamp(min=0)
-    return node
+        return (
+            1
+            - o.node_probs.gather(
+                1, best_path(o.node_probs, self.tax)[:, -1 - min(self.steps, self.tax.height)][:, None]
+            )[:, 0]
+        )
 
 # %% ../nbs/12_unseen.ipynb #fc57b524
 def node_prototypes(
@@ -302,8 +301,7 @@ def node_prototypes(
     emb = torch.as_tensor(emb)
     t = torch.as_tensor(check_targets(targets, tax, len(emb)), device=emb.device)
     own = emb.new_zeros(len(tax), emb.shape[1], dtype=torch.float64).index_add_(0, t, unit(emb.double()))
-    upto = F.pad(unit(own).cumsum(0), (0, 0, 1, 0))
-    return unit(upto[tax.tensor('last', emb.device) + 1] - upto[:-1]).float()
+    return unit(subtree_sums(unit(own), tax, 0)).float()
 
 # %% ../nbs/12_unseen.ipynb #39253760
 class Prototype(Detector):
@@ -327,7 +325,7 @@ class KNN(Detector):
         self,
         k: int = 10,  # neighbours
     ):
-        self.k = _whole_number('The number of neighbours k', k)
+        self.k = whole_number('The number of neighbours k', k)
 
     def _learn(self, outputs, targets, tax):
         if len(outputs) < self.k:
@@ -401,14 +399,14 @@ def _state(o: Any, kind: str) -> dict[str, Any]:  # kind, settings, learned, tax
     settings = {k: getattr(o, k) for k in inspect.signature(type(o)).parameters}
     return {
         kind: o.name,
-        'settings': _plain(settings),
+        'settings': plain_values(settings),
         'learned': {k: getattr(o, k) for k in o.learned},
         'taxonomy': o.tax.fingerprint,
     }
 
 
 def _restore(registry: Registry, state: dict[str, Any], tax: Taxonomy) -> Any:
-    _same_tree(state, tax, registry.kind)
+    check_same_tree(state, tax, registry.kind)
     o = _create(registry, state[registry.kind], state['settings'])
     for k in o.learned:
         setattr(o, k, state['learned'][k])
@@ -505,7 +503,7 @@ def leaf(
     "The best known leaf"
     self._check_fitted()
     _check_outputs(outputs, self.tax)
-    return _above(outputs.node_probs, self.tax, 0).numpy()
+    return best_path(outputs.node_probs, self.tax)[:, -1].numpy()
 
 
 @patch
@@ -517,7 +515,7 @@ def elsewhere(
     self._check_fitted()
     _check_outputs(outputs, self.tax)
     return (
-        torch.cat([self._elsewhere(outputs[o]) for o in _rows(len(outputs), len(self.tax))]).numpy()
+        torch.cat([self._elsewhere(outputs[o]) for o in row_chunks(len(outputs), len(self.tax))]).numpy()
         if len(outputs)
         else np.zeros(0, np.int64)
     )
@@ -575,17 +573,17 @@ class ClimbUp(Placement):
         self._check_fitted()
         _check_outputs(outputs, self.tax)
         nodes, scores = self._paths(outputs)
-        return np.stack([_deepest(nodes, 1 - scores <= x).numpy() for x in limits])
+        return np.stack([deepest_sure(nodes, 1 - scores <= x).numpy() for x in limits])
 
     def _paths(
         self, o: Outputs
     ) -> tuple[Tensor, Tensor]:  # (B, H+1) from the root to the best leaf, (B, H+1) float64, falling
-        parts = [self._scores(o[r]) for r in _rows(len(o), len(self.tax))] or [self._scores(o)]
+        parts = [self._scores(o[r]) for r in row_chunks(len(o), len(self.tax))] or [self._scores(o)]
         nodes, scores = (torch.cat(x) for x in zip(*parts))
         return nodes, scores.double().cummin(1).values
 
     def _scores(self, o: Outputs) -> tuple[Tensor, Tensor]:
-        nodes = _path(o.node_probs, self.tax)
+        nodes = best_path(o.node_probs, self.tax)
         return nodes, o.node_probs.gather(1, nodes)
 
 
@@ -610,7 +608,7 @@ class Complement(ClimbUp):
         )
 
     def _scores(self, o: Outputs) -> tuple[Tensor, Tensor]:
-        nodes = _path(o.node_probs, self.tax)
+        nodes = best_path(o.node_probs, self.tax)
         cos = (unit(o.emb.float()) @ self.prototypes.T).gather(1, nodes).double()
         mean, spread = self.usual[nodes].unbind(-1)
         return nodes, torch.special.ndtr((cos - mean) / spread).masked_fill(nodes == 0, 1.0)
@@ -626,10 +624,10 @@ class StepsUp(Placement):
         detector_kw: dict | None = None,  # its settings
     ):
         super().__init__(detector, detector_kw)
-        self.steps = _whole_number('The steps above the best leaf', steps)
+        self.steps = whole_number('The steps above the best leaf', steps)
 
     def _elsewhere(self, o: Outputs) -> Tensor:
-        return _above(o.node_probs, self.tax, self.steps)
+        return best_path(o.node_probs, self.tax)[:, -1 - min(self.steps, self.tax.height)]
 
 
 class NearestPrototype(Placement):
@@ -643,18 +641,7 @@ class NearestPrototype(Placement):
     def _elsewhere(self, o: Outputs) -> Tensor:
         return (unit(o.emb.float()) @ self.prototypes.T).masked_fill(~self.places, -math.inf).argmax(1)
 
-# %% ../nbs/12_unseen.ipynb #e7c4f733
-def tree_median(
-    mass: Tensor,  # (B, N) not negative, a row not all 0
-    tax: Taxonomy,  # tree over the N nodes
-) -> Tensor:  # (B,) node ids
-    "The node of least expected edge distance: the deepest with half of the mass at or below it"
-    upto = F.pad(mass.double().cumsum(1), (1, 0))
-    under = upto[:, tax.tensor('last', mass.device) + 1] - upto[:, :-1]
-    half = under >= 0.5 * upto[:, -1:] * (1 - 1e-12)
-    return (half * (tax.tensor('depths', mass.device) + 1)).argmax(1)
-
-
+# %% ../nbs/12_unseen.ipynb #126dd9f1
 class ExpectedDistance(NearestPrototype):
     "The node of least expected distance to the stranger's place, @eq-expected, by the probabilities alone"
 
@@ -714,7 +701,7 @@ def list_placements() -> pd.DataFrame:  # indexed by name
 @patch
 def state(self: Placement) -> dict[str, Any]:  # as `Detector.state`, with `limit` and `gate`
     "All that `Placement.restore` needs"
-    return _state(self, 'placement') | {'limit': _plain(self.limit), 'gate': self.gate.state()}
+    return _state(self, 'placement') | {'limit': plain_values(self.limit), 'gate': self.gate.state()}
 
 
 @patch(cls_method=True)
@@ -746,7 +733,7 @@ def rehearse(
 ) -> list[Rehearsal]:  # probabilities are tempered
     "Keep known species from models, an eighth in each of eight rounds"
     keep, species = np.flatnonzero(features.split != 'unseen'), features.taxonomy.leaves[known_leaves(features)]
-    rounds = _whole_number('The number of rounds', rounds)
+    rounds = whole_number('The number of rounds', rounds)
     if not 2 <= rounds <= len(species):
         raise HiermetricError(
             f"{len(species)} known species can rehearse in 2 to {len(species)} rounds, not in {rounds}."
@@ -780,7 +767,8 @@ class Rehearsed(Prototype):
 
     def looks(self, o: Outputs) -> Tensor:  # (B, 8) float64
         "What it looks at"
-        p, leaf = leaf_distribution(o.node_probs, self.tax), _above(o.node_probs, self.tax, 0)
+        p = leaf_distribution(o.node_probs, self.tax)
+        leaf = best_path(o.node_probs, self.tax)[:, -1]
         best = p.topk(min(2, p.shape[1]), 1).values
         at = o.node_probs.gather(1, torch.stack([leaf, self.tax.tensor('parents')[leaf].clamp(min=0)], 1))
         return torch.stack(
@@ -937,7 +925,7 @@ def known_novel_curve(
 ) -> pd.DataFrame:  # limit, falling; known, novel: shares of right answers, the second balanced over the species
     "What is gained on strangers for what is lost on acquaintances"
     placement._check_fitted()
-    tax, points = placement.tax, _whole_number('The number of points', points, 3)
+    tax, points = placement.tax, whole_number('The number of points', points, 3)
     t, u = _labels(known, targets, tax, 'The curve').numpy(), _labels(unseen, species, tax, 'The curve').numpy()
     right = known_ancestor(tax, placement.known.numpy())[u]
     s = torch.cat([placement.novelty(known), placement.novelty(unseen)]).numpy()

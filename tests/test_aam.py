@@ -4,7 +4,8 @@ import math
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from pytorch_metric_learning import losses as pml
-from hiermetric.aam import ArcFace, CombinedMargin, SubCenterArcFace, add_margin, combined_margin, sine, unit
+from hiermetric.aam import ArcFace, CombinedMargin, SubCenterArcFace, add_margin, combined_margin
+from hiermetric.geometry import sine, unit
 from hiermetric.core import HiermetricError
 from hiermetric.heads import create_head
 from hiermetric.taxonomy import Taxonomy

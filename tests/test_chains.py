@@ -9,7 +9,8 @@ from hiermetric.hbce import HBCELoss, edge_weights
 from hiermetric.heads import HEADS, Classifier, EmbeddingNet, Head, Model, create_head, prototypes
 from hiermetric.multitask import MultiTask
 from hiermetric.pairs import create_loss
-from hiermetric.sphere import NodeHead, path_targets
+from hiermetric.sphere import NodeHead
+from hiermetric.arithmetic import path_targets
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, predict, toy_features
 from hiermetric.unseen import model_outputs

@@ -3,7 +3,8 @@ internal labels."""
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hiermetric.committee import Committee, KernelRidge, TreeGaussian, opinion_pool, tree_means
+from hiermetric.committee import Committee, KernelRidge, TreeGaussian, opinion_pool
+from hiermetric.arithmetic import tree_means
 from hiermetric.core import HiermetricError
 from hiermetric.heads import EmbeddingNet, Model, create_head
 from hiermetric.taxonomy import Taxonomy

@@ -15,7 +15,6 @@ from hiermetric.explain import (
     class_prototypes,
     cophenetic_correlation,
     embedding_map,
-    lift,
     overlap,
     pair_distances,
     path_maps,
@@ -28,6 +27,7 @@ from hiermetric.explain import (
     toward_node,
     umap_layout,
 )
+from hiermetric.ranks import lift
 from hiermetric.heads import Classifier, EmbeddingNet, Encoder, Model, create_head
 from hiermetric.retrieval import neighbours
 from hiermetric.taxonomy import Taxonomy

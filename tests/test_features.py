@@ -7,7 +7,7 @@ import numpy as np
 import pytest, torch
 from hiermetric.backbones import create_backbone
 from hiermetric.core import HiermetricError
-from hiermetric.features import Features, _engines, _fold, _network, choose_engine, extract
+from hiermetric.features import Features, ENGINES, _fold, _network, choose_engine, extract
 from toys import toy_backbone, toy_table
 
 ONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -39,7 +39,7 @@ def test_openvino_keeps_float32_on_processors_with_bfloat16_units():
     "With its defaults the cosine falls to 0.99 there"
     b = create_backbone(size=64)
     x = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    got = np.concatenate(list(_engines['openvino'](b)(iter(x.split(4)))))
+    got = np.concatenate(list(ENGINES['openvino'](b)(iter(x.split(4)))))
     assert cosine(got, b(b.transform.normalize(x)).numpy()) > 0.99999
 
 
@@ -57,7 +57,7 @@ def test_openvino_keeps_float32_on_processors_with_bfloat16_units():
 def test_engines_agree_with_the_plain_network(engine, backbone):
     x = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     want = backbone(backbone.transform.normalize(x)).numpy()
-    got = np.concatenate(list(_engines[engine](backbone)(iter(x.split(2)))))
+    got = np.concatenate(list(ENGINES[engine](backbone)(iter(x.split(2)))))
     assert cosine(got, want) > 0.9999
 
 

@@ -24,7 +24,6 @@ from hiermetric.metrics import (
     hierarchical_distance,
     hierarchical_f1,
     information_scores,
-    leaf_distribution,
     macro_accuracy,
     mistake_height,
     mistake_severity,
@@ -41,6 +40,7 @@ from hiermetric.metrics import (
     topk_accuracy,
     violation_rate,
 )
+from hiermetric.arithmetic import leaf_distribution
 from hiermetric.taxonomy import Taxonomy
 
 slowly = settings(max_examples=60, deadline=None)
@@ -398,7 +398,7 @@ def test_a_curve_does_not_depend_on_the_chunks(monkeypatch):
     tax, r = Taxonomy.from_parents(TREE), np.random.default_rng(0)
     P, T = tax.node_probs(r.dirichlet(np.ones(5) * 0.3, 50)), r.integers(0, len(tax), 50)
     whole = [operating_curve(P, T, tax, o) for o in ('information', 'climb', 'leaf')]
-    rows = metrics._rows
+    rows = metrics.row_chunks
     monkeypatch.setattr(metrics, '_rows', lambda n, width: rows(n, width, 7 * width))
     for a, b in zip(whole, [operating_curve(P, T, tax, o) for o in ('information', 'climb', 'leaf')]):
         pd.testing.assert_frame_equal(a, b)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from hiermetric.aam import CombinedMargin, unit
+from hiermetric.aam import CombinedMargin
+from hiermetric.geometry import unit
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import Rule, create_rule
 from hiermetric.datasets import ImageTable

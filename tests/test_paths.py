@@ -17,16 +17,13 @@ from hiermetric.paths import (
     SimpleHierarchy,
     SoftLabels,
     SoftMaxMargin,
-    group_logsumexp,
     leaf_costs,
-    leaf_counts,
-    path_rings,
     path_steps,
     ramp,
-    root_path,
     semantic_vectors,
 )
-from hiermetric.sphere import path_sums
+from hiermetric.arithmetic import group_logsumexp, leaf_counts, path_rings, root_path
+from hiermetric.arithmetic import path_sums
 from hiermetric.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(

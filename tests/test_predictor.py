@@ -12,16 +12,15 @@ from hiermetric.predictor import (
     FORMATS,
     AnswerFile,
     Predictor,
-    Ranks,
     Scope,
     all_images,
-    down_to,
     listed_leaves,
     model_folder,
     next_steps,
     novelty,
     walk_images,
 )
+from hiermetric.ranks import Ranks, down_to
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, split_tensors, toy_features
 from toys import toy_backbone, toy_table

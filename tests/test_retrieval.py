@@ -6,16 +6,15 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import normalized_mutual_info_score
-from hiermetric.aam import unit
+from hiermetric.geometry import unit
 from hiermetric.core import HiermetricError
 from hiermetric.metrics import rank_accuracy
+from hiermetric.geometry import DISTANCES
 from hiermetric.retrieval import (
-    DISTANCES,
     VOTES,
     Index,
     Neighbours,
     Protocol,
-    at_rank,
     evaluate_retrieval,
     graded_scores,
     ideal_gains,
@@ -28,6 +27,7 @@ from hiermetric.retrieval import (
     unseen_protocol,
     vote_probs,
 )
+from hiermetric.ranks import at_rank
 from hiermetric import retrieval
 from hiermetric.taxonomy import Taxonomy
 
@@ -115,7 +115,8 @@ def test_arrays_that_may_only_be_read_serve_without_a_warning(tmp_path):
     tax.save(tmp_path / 'tax.npz')
     code = f"""
 import numpy as np
-from hiermetric.retrieval import DISTANCES, Index, evaluate_retrieval, kmeans, neighbours, vote_probs
+from hiermetric.geometry import DISTANCES
+from hiermetric.retrieval import Index, evaluate_retrieval, kmeans, neighbours, vote_probs
 from hiermetric.taxonomy import Taxonomy
 tax = Taxonomy.load({str(tmp_path / 'tax.npz')!r})
 x, t = (np.load({str(tmp_path)!r} + o, mmap_mode='r') for o in ('/x.npy', '/t.npy'))

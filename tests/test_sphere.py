@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from hiermetric import heads as heads_module
 from hiermetric.core import HiermetricError
 from hiermetric.heads import EmbeddingNet, Model, create_head
-from hiermetric.metrics import check_node_probs, leaf_distribution
+from hiermetric.checks import check_node_probs
+from hiermetric.arithmetic import leaf_distribution
 from hiermetric.sphere import (
     BIASES,
     CRITERIA,
@@ -20,16 +21,12 @@ from hiermetric.sphere import (
     NodeHead,
     SphereMulti,
     bce,
-    closure,
     create_criterion,
     decode_nodes,
-    leaf_sums,
     node_frequency,
-    path_sums,
-    path_targets,
-    sibling_log_softmax,
     tree_prior,
 )
+from hiermetric.arithmetic import closure, leaf_sums, path_sums, path_targets, sibling_log_softmax
 from hiermetric.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(

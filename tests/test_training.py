@@ -560,7 +560,7 @@ def test_fit_follows_its_schedule_and_milestones_in_epochs():
 
 def by_hand(optimizer, wd, clip=None, ema=None, momentum=0.9):
     "The same training, written down without a trainer"
-    cfg = tr._resolve(TOY, tr.defaults() | QUICK | dict(head='classifier', dropout=0.0))
+    cfg = tr.resolve_settings(TOY, tr.defaults() | QUICK | dict(head='classifier', dropout=0.0))
     model = tr._build(TOY, cfg)
     x, t = TOY.of('train')
     x = power_normalise(x, 0.5)

@@ -37,8 +37,8 @@ from hiermetric.unseen import (
     register_detector,
     register_placement,
     rehearse,
-    tree_median,
 )
+from hiermetric.arithmetic import tree_median
 
 slowly = settings(max_examples=40, deadline=None)
 

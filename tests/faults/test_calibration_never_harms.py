@@ -3,7 +3,8 @@
 import warnings
 import numpy as np, pytest, torch
 from hiermetric.decisions import PRIOR, LevelTemperatures, NodeIsotonic, TemperatureScaling, temper
-from hiermetric.metrics import leaf_distribution, negative_log_likelihood
+from hiermetric.arithmetic import leaf_distribution
+from hiermetric.metrics import negative_log_likelihood
 from hiermetric.taxonomy import Taxonomy
 
 TREE = Taxonomy.from_paths(

@@ -10,7 +10,8 @@ from hiermetric.cli import app
 from hiermetric.core import HiermetricError
 from hiermetric.datasets import load_dataset, read_taxonomy
 from hiermetric.decisions import create_rule
-from hiermetric.predictor import FORMATS, Question, Ranks, Scope, down_to, listed_leaves
+from hiermetric.predictor import FORMATS, Question, Scope, listed_leaves
+from hiermetric.ranks import Ranks, down_to
 from hiermetric.taxonomy import LabelGraph, Taxonomy, TaxonomyError, TaxonomyWarning
 
 pytestmark = pytest.mark.usefixtures('one_thread')

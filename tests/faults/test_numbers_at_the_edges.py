@@ -22,8 +22,10 @@ from hiermetric.explain import (
     umap_layout,
 )
 from hiermetric.heads import EmbeddingNet, Model, create_head
-from hiermetric.metrics import calibration_bins, evaluate, expected_calibration_error, leaf_distribution
-from hiermetric.paths import leaf_counts, semantic_vectors
+from hiermetric.metrics import calibration_bins, evaluate, expected_calibration_error
+from hiermetric.arithmetic import leaf_distribution
+from hiermetric.arithmetic import leaf_counts
+from hiermetric.paths import semantic_vectors
 from hiermetric.retrieval import nmi
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.unseen import (

@@ -4,15 +4,15 @@ import numpy as np, pandas as pd, pytest, torch
 from hiermetric import metrics
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import create_rule
-from hiermetric.explain import lift, plot_neighbours, toward_node
+from hiermetric.ranks import lift
+from hiermetric.explain import plot_neighbours, toward_node
 from hiermetric.features import Features
 from hiermetric.heads import EmbeddingNet, create_head
 from hiermetric.metrics import evaluate
-from hiermetric.paths import leaf_counts
+from hiermetric.arithmetic import leaf_counts
 from hiermetric.retrieval import (
     Index,
     Neighbours,
-    at_rank,
     ideal_gains,
     kmeans,
     neighbours,
@@ -21,6 +21,7 @@ from hiermetric.retrieval import (
     unseen_protocol,
     vote_probs,
 )
+from hiermetric.ranks import at_rank
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.unseen import (
     Outputs,
