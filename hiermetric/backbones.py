@@ -23,8 +23,8 @@ except ImportError:
     decode_image = None  # torchvision 0.29 announces that its decoders will go; then Pillow reads everything
 
 # %% auto #0
-__all__ = ['WEIGHTS_URL', 'PictureWarning', 'tell_notes', 'read_image', 'read_bands', 'Transform', 'Backbone', 'load_weights',
-           'widen_input', 'create_backbone', 'list_backbones', 'register_backbone']
+__all__ = ['WEIGHTS_URL', 'PictureWarning', 'tell_notes', 'read_image', 'read_bands', 'image_size', 'Transform', 'Backbone',
+           'load_weights', 'widen_input', 'create_backbone', 'list_backbones', 'register_backbone', 'stages']
 
 # %% ../nbs/03_backbones.ipynb #2a272034
 _FORMATS = [
@@ -345,6 +345,25 @@ def _array(path: str | Path) -> np.ndarray:
     "The array in a .npy file, of which nothing is unpickled"
     with open(regular_file(path), 'rb') as f:
         return np.lib.format.read_array(f, allow_pickle=False)
+
+# %% ../nbs/03_backbones.ipynb #22c18b3a
+def image_size(
+    image: Any,  # whatever `read_image` takes
+) -> tuple[int, int]:  # width and height in pixels, upright
+    "How large the original is; of a file only the head is read"
+    from PIL import Image
+
+    if isinstance(image, Tensor):
+        return image.shape[-1], image.shape[-2]
+    try:
+        if str(image).endswith('.npy'):
+            image = np.load(regular_file(image), mmap_mode='r', allow_pickle=False)  # many bands
+        if isinstance(image, np.ndarray):
+            return image.shape[1], image.shape[0]
+        with nullcontext((image, None)) if isinstance(image, Image.Image) else open_picture(image) as (im, file):
+            return upright_size(im, file)
+    except Exception as e:
+        raise unreadable(image, e) from e
 
 # %% ../nbs/03_backbones.ipynb #a6360ecf
 @dataclass(frozen=True)
@@ -716,3 +735,26 @@ def register_backbone(
 ) -> None:
     "Add a network of one's own"
     _backbones.register(name, make, about)
+
+# %% ../nbs/03_backbones.ipynb #8dcc78b2
+def stages(
+    net: nn.Module,  # a backbone's network
+) -> list[list[nn.Parameter]]:  # K stages from the input on; every parameter is in one of them
+    "What counts as a layer for @eq-layers"
+    pieces = [
+        o
+        for child in net.children()
+        for o in (child.children() if isinstance(child, (nn.Sequential, nn.ModuleList)) else [child])
+    ]
+    out, seen = [], set()
+    for piece in pieces:
+        params = [p for p in piece.parameters() if id(p) not in seen]
+        seen |= set(map(id, params))
+        if not params:
+            continue
+        if out and all(p.ndim < 2 for p in params):
+            out[-1] += params
+        else:
+            out.append(params)
+    own = [p for p in net.parameters() if id(p) not in seen]  # class tokens, positions
+    return [own + out[0], *out[1:]] if out else [own]

@@ -12,7 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .backbones import Backbone, Transform, create_backbone, read_image
+from .backbones import Backbone, Transform, create_backbone, image_size, read_image, stages
 from .checks import check_embeddings, check_targets
 from .core import HiermetricError, Registry, whole_number
 from .features import Features
@@ -22,7 +22,7 @@ from .predictor import Predictor
 from .ranks import Ranks, down_to, lift
 from .retrieval import gallery_labels
 from .taxonomy import Taxonomy, tree_hues
-from .training import Run, image_size, stages
+from .training import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -31,7 +31,7 @@ from .datasets import ImageTable, SPLITS
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['FEATURES', 'Features', 'choose_engine', 'extract']
+__all__ = ['FEATURES', 'Features', 'choose_engine', 'extract', 'toy_features']
 
 # %% ../nbs/04_features.ipynb #343e50a8
 @dataclass(eq=False)
@@ -673,3 +673,26 @@ def _bad_list(table: ImageTable, bad: dict[int, str], folder: Path) -> str:
 def _versions(engine: str) -> dict[str, str]:
     found = versions('torch', 'torchvision', 'timm', 'numpy', *(['openvino'] if engine == 'openvino' else []))
     return {k: v for k, v in found.items() if k != 'hiermetric'}  # an update of ours alone makes no other features
+
+# %% ../nbs/04_features.ipynb #dff66f7e
+def toy_features(
+    taxonomy: Taxonomy,  # the tree to imitate
+    per_leaf: int = 30,  # images a leaf, before the split into train, val and test (60/20/20)
+    dim: int = 64,  # F
+    noise: float = 1.0,  # standard deviation around a leaf's centre; a node's direction has length about 1
+    seed: int = 0,
+) -> Features:  # float16, as extracted features are
+    "Gaussian clusters at the leaves of a tree, near where their lineages are near"
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(len(taxonomy), dim)) * 0.8 ** np.asarray(taxonomy.depths)[:, None]
+    targets = np.repeat(np.asarray(taxonomy.leaves), per_leaf).astype(np.int64)
+    centres = np.asarray(taxonomy.multi_hot(targets), dtype=np.float64) @ directions
+    x = centres / dim**0.5 + noise * rng.normal(size=centres.shape) / dim**0.5
+    split = np.tile(np.resize(['train', 'train', 'train', 'val', 'test'], per_leaf), taxonomy.n_leaves)
+    return Features(
+        x=x.astype(np.float16),
+        targets=targets,
+        split=split,
+        taxonomy=taxonomy,
+        meta={'dataset': 'toy', 'backbone': 'none'},
+    )

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .checks import check_embeddings, check_node_ids, check_numbers
 from .core import FolderKind, HiermetricError, Registry, choice, whole_number
+from .encoder import Encoder
 from .taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['INITS', 'EMBEDDINGS', 'HEADS', 'MODEL', 'Head', 'prototypes', 'subtree_nll', 'label_nll', 'inverse_frequency',
            'LeafHead', 'Classifier', 'power_normalise', 'EmbeddingNet', 'list_heads', 'register_head', 'head_trait',
-           'create_head', 'Encoder', 'Model']
+           'create_head', 'Model']
 
 # %% ../nbs/05_heads.ipynb #7307cb7b
 class Head(nn.Module):
@@ -456,81 +457,6 @@ def create_head(
 ) -> Head:  # on the CPU, in float32
     "Make a head by name"
     return HEADS.taking(name, kw, given=('in_features', 'taxonomy'))(in_features=in_features, taxonomy=taxonomy, **kw)
-
-# %% ../nbs/05_heads.ipynb #526ba81f
-class Encoder(nn.Module):
-    "A backbone that trains: pixels to features, (B, 3, S, S) → (B, F), or (B, F+2) with @eq-size"
-
-    def __init__(
-        self,
-        name: str = 'efficientnet_lite0',  # one of `list_backbones()`
-        size: int | None = None,  # S, pixels a side; None: the backbone's own
-        pretrained: bool = True,  # False: untrained weights
-        size_input: bool = False,  # append the original image's size
-        channels_last: bool = False,  # memory layout of the pixels; quicker on most hardware
-        **kw,  # more for `create_backbone`: fit, fill …
-    ):
-        super().__init__()
-        from hiermetric.backbones import create_backbone
-
-        kw = {k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()}  # JSON knows no tuples
-        b = create_backbone(name, pretrained=pretrained, size=size, **kw)
-        self.name, self.size, self.kw, self.transform, self.dim = name, b.size, kw, b.transform, b.dim
-        self.size_input, self.channels_last, self.out_features = size_input, channels_last, b.dim + 2 * size_input
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.net = b.model.requires_grad_(True).to(memory_format=layout)
-        for k in ('mean', 'std'):
-            self.register_buffer(
-                k, torch.tensor(getattr(b.transform, k), dtype=torch.float32).view(-1, 1, 1), persistent=False
-            )
-        if size_input:
-            self.register_buffer('size_mean', torch.zeros(2))
-            self.register_buffer('size_std', torch.ones(2))
-
-    @property
-    def settings(self) -> dict:
-        return dict(
-            name=self.name, size=self.size, size_input=self.size_input, channels_last=self.channels_last, **self.kw
-        )
-
-    def forward(
-        self,
-        x: Tensor,  # (B, 3, S, S) pixels in [0, 255], uint8 or float
-        size: Tensor | None = None,  # (B, 2) width and height of the originals; wanted with `size_input`
-    ) -> Tensor:  # (B, F) or (B, F+2)
-        x = (x.float() - self.mean) / self.std
-        x = x.to(next(self.net.parameters(), x).dtype)
-        z = self.net(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
-        return self.append_size(z, size)
-
-# %% ../nbs/05_heads.ipynb #510e12cd
-@patch
-def append_size(
-    self: Encoder,
-    z: Tensor,  # (B, F) features
-    size: Tensor | None,  # (B, 2) width and height of the originals, in pixels
-) -> Tensor:  # (B, F+2) with `size_input`, else `z`
-    "@eq-size"
-    if not self.size_input:
-        return z
-    if size is None:
-        raise HiermetricError(
-            "This model also looks at the size of the original images; give their widths and heights, (B, 2) pixels."
-        )
-    return torch.cat([z, ((size.float().log() - self.size_mean) / self.size_std).to(z.dtype)], 1)
-
-
-@patch
-def learn_sizes(
-    self: Encoder,
-    size: Tensor,  # (n, 2) width and height of the training images
-) -> None:
-    "Remember mean and standard deviation of the sizes' logarithms; without `size_input` nothing happens"
-    if not self.size_input:
-        return
-    log = size.double().log()
-    self.size_mean.copy_(log.mean(0))
-    self.size_std.copy_(log.std(0, correction=0).clamp_min(1e-3))
 
 # %% ../nbs/05_heads.ipynb #af695cde
 class Model(nn.Module):

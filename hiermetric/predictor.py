@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 from . import core
 from .arithmetic import leaf_distribution, leaf_interval_sums
-from .backbones import Backbone, create_backbone
+from .backbones import Backbone, create_backbone, image_size
 from .core import HiermetricError, Registry, atomic_path, did_you_mean, nearby_folders, settle
 from .datasets import IMAGE_TYPES
 from .decisions import RULES, Rule, TemperatureScaling, create_rule
@@ -27,7 +27,7 @@ from .heads import MODEL, Model, create_head, head_name, head_settings
 from .metrics import accuracy, negative_log_likelihood
 from .ranks import Ranks, down_to
 from .taxonomy import Taxonomy, TaxonomyError, clean_name, escape_name, unescape_name, utf8_name
-from .training import image_size, load_run, split_tensors
+from .training import load_run, split_tensors
 from .unseen import Detector, Outputs, create_detector, model_outputs
 
 # %% auto #0

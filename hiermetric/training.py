@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as VF
 from . import core
 from .arithmetic import leaf_distribution
 from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
-from .backbones import Transform, open_picture, regular_file, unreadable, upright_size
+from .backbones import Transform, image_size, stages
 from .checks import check_numbers
 from hiermetric.core import (
     HiermetricError,
@@ -33,41 +33,19 @@ from hiermetric.core import (
     workplace,
 )
 from .datasets import ImageTable
+from .encoder import Encoder
 from .features import Features, FileContents, cache_lock, image_batches
-from .heads import EmbeddingNet, Encoder, Head, Model, create_head, head_trait, power_normalise
+from .heads import EmbeddingNet, Head, Model, create_head, head_trait, power_normalise
 from .metrics import mistake_height, negative_log_likelihood
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'LIMITS', 'toy_features', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep',
-           'onecycle', 'constant', 'create_schedule', 'stages', 'parameter_groups', 'create_optimizer', 'split_tensors',
-           'FeatureSource', 'image_size', 'decode_split', 'ImageSource', 'make_accelerator', 'kept_memory',
-           'set_training', 'ema_update', 'Trainer', 'predict', 'embeddings', 'checkpoint_due', 'csv_logger',
-           'json_logger', 'console_logger', 'wandb_logger', 'tensorboard_logger', 'provenance', 'Run', 'load_run',
-           'check_limits', 'fit', 'check_identity', 'average_models']
-
-# %% ../nbs/14_training.ipynb #dff66f7e
-def toy_features(
-    taxonomy: Taxonomy,  # the tree to imitate
-    per_leaf: int = 30,  # images a leaf, before the split into train, val and test (60/20/20)
-    dim: int = 64,  # F
-    noise: float = 1.0,  # standard deviation around a leaf's centre; a node's direction has length about 1
-    seed: int = 0,
-) -> Features:  # float16, as extracted features are
-    "Gaussian clusters at the leaves of a tree, near where their lineages are near"
-    rng = np.random.default_rng(seed)
-    directions = rng.normal(size=(len(taxonomy), dim)) * 0.8 ** np.asarray(taxonomy.depths)[:, None]
-    targets = np.repeat(np.asarray(taxonomy.leaves), per_leaf).astype(np.int64)
-    centres = np.asarray(taxonomy.multi_hot(targets), dtype=np.float64) @ directions
-    x = centres / dim**0.5 + noise * rng.normal(size=centres.shape) / dim**0.5
-    split = np.tile(np.resize(['train', 'train', 'train', 'val', 'test'], per_leaf), taxonomy.n_leaves)
-    return Features(
-        x=x.astype(np.float16),
-        targets=targets,
-        split=split,
-        taxonomy=taxonomy,
-        meta={'dataset': 'toy', 'backbone': 'none'},
-    )
+__all__ = ['SCHEDULES', 'OPTIMIZERS', 'loggers', 'LIMITS', 'warmup_cosine', 'sgdr', 'cyclic', 'multistep', 'onecycle', 'constant',
+           'create_schedule', 'parameter_groups', 'create_optimizer', 'split_tensors', 'FeatureSource', 'decode_split',
+           'ImageSource', 'make_accelerator', 'kept_memory', 'set_training', 'ema_update', 'Trainer', 'predict',
+           'embeddings', 'checkpoint_due', 'csv_logger', 'json_logger', 'console_logger', 'wandb_logger',
+           'tensorboard_logger', 'provenance', 'Run', 'load_run', 'check_limits', 'fit', 'check_identity',
+           'average_models']
 
 # %% ../nbs/14_training.ipynb #d23356f1
 def warmup_cosine(
@@ -180,29 +158,6 @@ def create_schedule(
         check_numbers('at least 0', at=a)
     return partial(SCHEDULES.taking(name, kw, given=('step', 'total', 'warmup')), total=total, warmup=warmup, **kw)
 
-# %% ../nbs/14_training.ipynb #8dcc78b2
-def stages(
-    net: nn.Module,  # a backbone's network
-) -> list[list[nn.Parameter]]:  # K stages from the input on; every parameter is in one of them
-    "What counts as a layer for @eq-layers"
-    pieces = [
-        o
-        for child in net.children()
-        for o in (child.children() if isinstance(child, (nn.Sequential, nn.ModuleList)) else [child])
-    ]
-    out, seen = [], set()
-    for piece in pieces:
-        params = [p for p in piece.parameters() if id(p) not in seen]
-        seen |= set(map(id, params))
-        if not params:
-            continue
-        if out and all(p.ndim < 2 for p in params):
-            out[-1] += params
-        else:
-            out.append(params)
-    own = [p for p in net.parameters() if id(p) not in seen]  # class tokens, positions
-    return [own + out[0], *out[1:]] if out else [own]
-
 # %% ../nbs/14_training.ipynb #15b637f3
 OPTIMIZERS = Registry(
     'optimizer',
@@ -292,25 +247,6 @@ class FeatureSource:
     ) -> Iterator[tuple[tuple[Tensor], Tensor]]:  # ((B, F),) and (B,)
         for r in rows.to(self.t.device) if isinstance(rows, Tensor) else rows:
             yield (self.x[r],), self.t[r]
-
-# %% ../nbs/14_training.ipynb #22c18b3a
-def image_size(
-    image: Any,  # whatever `read_image` takes
-) -> tuple[int, int]:  # width and height in pixels, upright
-    "How large the original is; of a file only the head is read"
-    from PIL import Image
-
-    if isinstance(image, Tensor):
-        return image.shape[-1], image.shape[-2]
-    try:
-        if str(image).endswith('.npy'):
-            image = np.load(regular_file(image), mmap_mode='r', allow_pickle=False)  # many bands
-        if isinstance(image, np.ndarray):
-            return image.shape[1], image.shape[0]
-        with nullcontext((image, None)) if isinstance(image, Image.Image) else open_picture(image) as (im, file):
-            return upright_size(im, file)
-    except Exception as e:
-        raise unreadable(image, e) from e
 
 # %% ../nbs/14_training.ipynb #912e2506
 def decode_split(

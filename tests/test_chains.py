@@ -12,7 +12,8 @@ from hiermetric.pairs import create_loss
 from hiermetric.sphere import NodeHead
 from hiermetric.arithmetic import path_targets
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, predict, toy_features
+from hiermetric.training import fit, predict
+from hiermetric.features import toy_features
 from hiermetric.unseen import model_outputs
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -8,7 +8,8 @@ from hiermetric.arithmetic import tree_means
 from hiermetric.core import HiermetricError
 from hiermetric.heads import EmbeddingNet, Model, create_head
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, predict, toy_features
+from hiermetric.training import fit, predict
+from hiermetric.features import toy_features
 
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})
 TOY = toy_features(TAX, per_leaf=30, noise=2.0)

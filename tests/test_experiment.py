@@ -22,7 +22,7 @@ from hiermetric.experiment import (
 )
 from hiermetric.metrics import per_sample, summarise
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import toy_features
+from hiermetric.features import toy_features
 
 LINEAGES = {f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xyz' for s in '123'}
 TAX = Taxonomy.from_paths(LINEAGES)

@@ -28,7 +28,8 @@ from hiermetric.explain import (
     umap_layout,
 )
 from hiermetric.ranks import lift
-from hiermetric.heads import Classifier, EmbeddingNet, Encoder, Model, create_head
+from hiermetric.heads import Classifier, EmbeddingNet, Model, create_head
+from hiermetric.encoder import Encoder
 from hiermetric.retrieval import neighbours
 from hiermetric.taxonomy import Taxonomy
 

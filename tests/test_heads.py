@@ -9,7 +9,6 @@ from hiermetric.heads import (
     INITS,
     Classifier,
     EmbeddingNet,
-    Encoder,
     Head,
     HEADS,
     LeafHead,
@@ -21,6 +20,7 @@ from hiermetric.heads import (
     register_head,
     subtree_nll,
 )
+from hiermetric.encoder import Encoder
 from hiermetric.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(

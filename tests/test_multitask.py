@@ -28,7 +28,8 @@ from hiermetric.multitask import (
 )
 from hiermetric.retrieval import kmeans
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import embeddings, fit, predict, toy_features
+from hiermetric.training import embeddings, fit, predict
+from hiermetric.features import toy_features
 from hiermetric.unseen import known_ancestor
 
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})

@@ -20,7 +20,8 @@ from hiermetric.pairs import (
     relation,
     reverse_gradient,
 )
-from hiermetric.training import embeddings, fit, predict, toy_features
+from hiermetric.training import embeddings, fit, predict
+from hiermetric.features import toy_features
 from hiermetric.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(

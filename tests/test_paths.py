@@ -687,7 +687,8 @@ def test_schedule_is_read_at_every_call():
 
 
 def test_trainer_sets_the_epoch():
-    from hiermetric.training import fit, toy_features
+    from hiermetric.training import fit
+    from hiermetric.features import toy_features
 
     seen = []
 

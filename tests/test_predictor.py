@@ -22,7 +22,8 @@ from hiermetric.predictor import (
 )
 from hiermetric.ranks import Ranks, down_to
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, split_tensors, toy_features
+from hiermetric.training import fit, split_tensors
+from hiermetric.features import toy_features
 from toys import toy_backbone, toy_table
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -12,7 +12,8 @@ import hiermetric.training as tr
 from hiermetric.core import HiermetricError
 from hiermetric.datasets import ImageTable
 from hiermetric.features import Features, extract
-from hiermetric.heads import HEADS, Classifier, EmbeddingNet, Encoder, Model, create_head, power_normalise
+from hiermetric.heads import HEADS, Classifier, EmbeddingNet, Model, create_head, power_normalise
+from hiermetric.encoder import Encoder
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import (
     ImageSource,
@@ -20,17 +21,16 @@ from hiermetric.training import (
     create_schedule,
     ema_update,
     fit,
-    image_size,
     load_run,
     loggers,
     make_accelerator,
     parameter_groups,
     embeddings,
     predict,
-    stages,
-    toy_features,
     warmup_cosine,
 )
+from hiermetric.backbones import image_size, stages
+from hiermetric.features import toy_features
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 LINEAGES = {f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xyz' for s in '123'}

@@ -5,7 +5,8 @@ import pytest
 from hiermetric.core import HiermetricError, alone, workplace
 from hiermetric.experiment import compare
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, toy_features
+from hiermetric.training import fit
+from hiermetric.features import toy_features
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),

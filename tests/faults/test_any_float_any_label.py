@@ -4,7 +4,8 @@ tensors, and nothing at all."""
 import copy, itertools
 import numpy as np, pytest, torch
 from hiermetric.core import HiermetricError
-from hiermetric.heads import HEADS, EmbeddingNet, Encoder, Model, create_head, head_trait
+from hiermetric.heads import HEADS, EmbeddingNet, Model, create_head, head_trait
+from hiermetric.encoder import Encoder
 from hiermetric.pairs import LOSSES, MINERS
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import embeddings, predict

@@ -9,7 +9,8 @@ from hiermetric.features import Features
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, load_run, toy_features
+from hiermetric.training import fit, load_run
+from hiermetric.features import toy_features
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
 TREE = Taxonomy.from_paths([('an', 'mam', 'cat'), ('an', 'mam', 'dog'), ('an', 'bird', 'owl'), ('pl', 'eud', 'oak')])

@@ -9,7 +9,8 @@ from hiermetric.heads import Model
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index, unseen_protocol
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, toy_features
+from hiermetric.training import fit
+from hiermetric.features import toy_features
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -11,7 +11,8 @@ from hiermetric.heads import Model
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, load_run, toy_features
+from hiermetric.training import fit, load_run
+from hiermetric.features import toy_features
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked here'),

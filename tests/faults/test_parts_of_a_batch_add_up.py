@@ -8,7 +8,8 @@ from hiermetric.core import HiermetricError
 from hiermetric.heads import HEADS, EmbeddingNet, Model, create_head, head_trait, inverse_frequency
 from hiermetric.pairs import LOSSES
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import FeatureSource, Trainer, defaults, make_accelerator, toy_features
+from hiermetric.training import FeatureSource, Trainer, defaults, make_accelerator
+from hiermetric.features import toy_features
 
 TAX = Taxonomy.from_paths(
     {'a': 'X/x', 'b': 'X/x', 'c': 'X/y', 'd': 'Y/z/zz', 'e': 'Y/w', 'f': 'Y/w'}

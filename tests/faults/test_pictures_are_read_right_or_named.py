@@ -7,7 +7,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from hiermetric.backbones import PictureWarning, Transform, read_bands, read_image
 from hiermetric.core import HiermetricError
 from hiermetric.features import extract
-from hiermetric.training import image_size
+from hiermetric.backbones import image_size
 from toys import toy_backbone, toy_table
 
 FORMATS = ['PNG', 'JPEG', 'TIFF', 'GIF', 'WEBP', 'BMP', 'PPM']

@@ -13,7 +13,8 @@ from hiermetric.core import HiermetricError
 from hiermetric.heads import HEADS
 from hiermetric.pairs import LOSSES, MINERS
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import LIMITS, SCHEDULES, Trainer, fit, toy_features
+from hiermetric.training import LIMITS, SCHEDULES, Trainer, fit
+from hiermetric.features import toy_features
 
 TAX = Taxonomy.from_paths({'a': 'X/x', 'b': 'X/x', 'c': 'X/y', 'd': 'Y/z/zz', 'e': 'Y/w', 'f': 'Y/w'})
 TOY = toy_features(TAX, per_leaf=10, dim=12)
