@@ -6,7 +6,7 @@
 from __future__ import annotations
 import functools, hashlib, importlib.util, os, stat, threading, warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
