@@ -213,7 +213,7 @@ def leaf_counts(
 ) -> Tensor:  # (L,) float64, n in sum
     "Images of each leaf; one labelled at an inner node is spread in equal parts over the leaves under it"
     targets = torch.as_tensor(targets).cpu()
-    check_targets(targets, taxonomy)
+    check_node_ids(targets, taxonomy)
     n = torch.bincount(targets, minlength=len(taxonomy)).double()
     start = taxonomy.tensor('leaf_start')
     stop = taxonomy.tensor('leaf_stop')
