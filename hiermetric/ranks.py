@@ -5,10 +5,11 @@
 # %% ../nbs/01_ranks.ipynb #f84a5724
 from __future__ import annotations
 import numpy as np
+from .core import choice
 from .taxonomy import Taxonomy
 
 # %% auto #0
-__all__ = ['lift']
+__all__ = ['lift', 'ranks_or_depths']
 
 # %% ../nbs/01_ranks.ipynb #7d52cbb8
 def lift(
@@ -19,3 +20,12 @@ def lift(
 ) -> np.ndarray:  # (n,) node ids
     "Each node's ancestor at a rank, or itself where it is above it"
     return tax.nearest_kept(tax.down_to(rank))[np.asarray(tax.node_ids(nodes))]
+
+# %% ../nbs/01_ranks.ipynb #eca27979
+def ranks_or_depths(
+    tax: Taxonomy,  # tree over the N nodes
+    by: str | None = None,  # 'rank' or 'depth'; None: ranks where the tree knows them
+) -> tuple[str, np.ndarray]:  # which of the two; (N,) what every node has, None for a node without a rank
+    "What the rows of a table by rank are"
+    by = choice('division of a tree', by or ('rank' if tax.ranks else 'depth'), ('rank', 'depth'))
+    return by, tax.node_ranks if by == 'rank' else tax.depths

@@ -1814,7 +1814,8 @@ def _of_rank(self: Taxonomy, name: str) -> np.ndarray:  # node ids, ascending
             f"The rank {name!r} needs `ranks`, which this tree does not know (`with_ranks` tells them); without them "
             "there are 'leaf', depths and sets of nodes."
         )
-    raise TaxonomyError(f"No node has the rank {name!r}; there are {', '.join(self.ranks)}.")
+    known = [o for k, o in enumerate(self.ranks) if k in self.rank_of]
+    raise TaxonomyError(f"No node has the rank {name!r}; there are {', '.join(known) or 'none'}.")
 
 
 @patch

@@ -740,7 +740,7 @@ def test_shallow_leaves_and_missing_ranks():
         (lambda P, t, x: create_rule('guarantee', at='family'), "no group of images 'family'"),
         (lambda P, t, x: create_rule('guarantee', clades=['n1']), "go with at='clade'"),
         (lambda P, t, x: create_rule('guarantee', at='clade', clades=['n99']).fit(P, t, x), "no 'n99'"),
-        (lambda P, t, x: create_rule('guarantee', at='rank', ranks=['a']).fit(P, t, x), '1 ranks for'),
+        (lambda P, t, x: create_rule('guarantee', at='rank').fit(P, t, x.with_ranks(['a'])), '1 ranks for'),
         (lambda P, t, x: create_rule('guarantee').fit(P, t, x, weights=np.ones(3)), 'shape (3,) for 30 images'),
         (lambda P, t, x: create_rule('guarantee').fit(P, t, x, weights=-np.ones(30)), 'weight of image 0 is -1'),
         (
@@ -860,7 +860,7 @@ def test_rank_confidence_by_hand(case):
         *((o, ranks) for o in ('high', 'low') if o in ranks),
     ):
         nodes = [v for v in range(len(tax)) if (tax.depths[v] if known is None else known[v]) == rank]
-        conf, hit = rank_confidence(P, t, tax, rank, known)
+        conf, hit = rank_confidence(P, t, tax if known is None else tax.with_ranks(known), rank)
         for b in range(len(p)):
             best = first_best(nodes, lambda v: P[b, v])
             told = not any(int(t[b]) in parents_of(tax, v) for v in nodes)

@@ -20,7 +20,6 @@ from hiermetric.predictor import (
     novelty,
     walk_images,
 )
-from hiermetric.ranks import Ranks, down_to
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, split_tensors, toy_features
 from toys import toy_backbone, toy_table
@@ -84,11 +83,11 @@ RAGGED = Taxonomy.from_paths(
 
 
 @pytest.fixture
-def ranks(tmp_path):
+def ranked(tmp_path):
     (tmp_path / 'taxa.csv').write_text(
         'order,family,genus,species,AphiaID\no1,f1,g1,s1,12\no1,f1,g1,s2,13\no1,,g2,s3,14\no1,f2,g3,s4,15\no2,,,s5,16\n'
     )
-    return Ranks.read(tmp_path / 'taxa.csv', RAGGED)
+    return RAGGED.with_ranks(tmp_path / 'taxa.csv')
 
 
 @pytest.mark.parametrize(
@@ -100,11 +99,11 @@ def ranks(tmp_path):
         ('species', 's1 s2 s3 s4 s5 o1 f1 g1 g2 sub f2 g3 o2 dust'),
     ],
 )
-def test_ragged_ranks(ranks, rank, kept):
-    assert ranks.names == ['order', 'family', 'genus', 'species']
-    keep = down_to(RAGGED, rank, ranks)
+def test_ragged_ranks(ranked, rank, kept):
+    assert ranked.ranks == ('order', 'family', 'genus', 'species')
+    keep = ranked.down_to(rank)
     assert {o for o, k in zip(RAGGED.names, keep) if k} == {'root', *kept.split()}
-    assert Scope(RAGGED, rank, ranks=ranks).tax.n_leaves >= 3
+    assert Scope(ranked, rank).tax.n_leaves >= 3
 
 
 def test_a_rank_is_found_by_path(tmp_path):
@@ -122,8 +121,8 @@ def test_a_rank_is_found_by_path(tmp_path):
             ('Actinobacteria', 'Actinobacteria', 'Actinomycetales'),
         ]
     )
-    ranks = Ranks.read(tmp_path / 'homo.csv', tree)
-    assert {tree.path(i): ranks.name(i) for i in range(1, len(tree))} == {
+    ranked = tree.with_ranks(tmp_path / 'homo.csv')
+    assert {tree.path(i): ranked.rank(i) for i in range(1, len(tree))} == {
         'root/living': '',
         'root/living/Ochrophyta': 'phylum',
         'root/living/Ochrophyta/Licmophorales': 'order',
@@ -138,7 +137,7 @@ def test_a_rank_is_found_by_path(tmp_path):
     }
     (tmp_path / 'labels.csv').write_text('class,kingdom,class,species\nA_b,Animalia,Aves,A b\n')
     folder = Taxonomy.from_paths({'A_b': 'Animalia/Aves', 'x': 'Animalia'})
-    assert [Ranks.read(tmp_path / 'labels.csv', folder).name(i) for i in range(len(folder))] == [
+    assert [folder.with_ranks(tmp_path / 'labels.csv').rank(i) for i in range(len(folder))] == [
         '',
         'kingdom',
         'class',
@@ -214,10 +213,9 @@ def test_a_node_without_a_rank(tmp_path):
             'dust': 'dead/grey',
         }
     )
-    ranks = Ranks.read(tmp_path / 't.csv', tree)
+    ranked = tree.with_ranks(tmp_path / 't.csv')
     kept = lambda rank: (
-        {o for o, k in zip(tree.names, down_to(tree, rank, ranks)) if k}
-        - {'root', 'living', 'dead', 'grey', 'dust', 'o'}
+        {o for o, k in zip(tree.names, ranked.down_to(rank)) if k} - {'root', 'living', 'dead', 'grey', 'dust', 'o'}
     )
     assert (kept('order'), kept('family'), kept('species')) == (
         set(),
@@ -236,14 +234,14 @@ def test_a_tree_of_one_node_has_no_genus_to_step_up_to():
 def test_ranks_that_fit_nothing(tmp_path):
     (tmp_path / 'other.csv').write_text('order,family\nCoraciiformes,Alcedinidae\n')
     with pytest.raises(HiermetricError, match='No name in .*other.csv is in the tree'):
-        Ranks.read(tmp_path / 'other.csv', RAGGED)
+        RAGGED.with_ranks(tmp_path / 'other.csv')
     with pytest.raises(HiermetricError, match='There is no table of ranks'):
-        Ranks.read(tmp_path / 'othre.csv', RAGGED)
+        RAGGED.with_ranks(tmp_path / 'othre.csv')
     with pytest.raises(HiermetricError, match='the depths 1 to 5, so that its levels are no ranks'):
-        Ranks.read('a,b,c', Taxonomy.from_paths({'s': 'a/b/c/d', 't': None}))
+        Taxonomy.from_paths({'s': 'a/b/c/d', 't': None}).with_ranks('a,b,c')
     for bad in (0, -1, 6):
         with pytest.raises(HiermetricError, match=f'There is no level {bad}'):
-            down_to(RAGGED, bad)
+            RAGGED.down_to(bad)
 
 
 def test_checklists(tmp_path):
@@ -389,7 +387,7 @@ def test_the_promise_holds_for_what_is_asked(kw, confidence=0.8):
             EVEN.node_probs(p[:n]),
             torch.from_numpy(t[:n].astype(np.int64)),
             1.0,
-            ranks='order,family,species',
+            taxonomy=EVEN.with_ranks('order,family,species'),
         )
         question = predictor.ask(confidence, **kw)
         scope = question.scope
@@ -467,7 +465,7 @@ def test_every_head_and_detector_comes_back(tmp_path, head, detector):
     assert (
         back.fingerprint == predictor.fingerprint
         and back.about == predictor.about
-        and back.ranks.names == ['order', 'family', 'species']
+        and back.taxonomy.ranks == ('order', 'family', 'species')
     )
     for kw in ({}, dict(rank='family', within='a', confidence=0.8), dict(at='rank')):
         pd.testing.assert_frame_equal(table(back.ask(**kw), back, x), table(predictor.ask(**kw), predictor, x))
