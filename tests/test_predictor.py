@@ -172,6 +172,36 @@ def test_ranks_of_the_tree_need_not_be_told(tmp_path):
     assert set(leaf['rank']) == {'species'} and (leaf.species == leaf.answer).all()
 
 
+SAVED = Path(__file__).parent / 'saved'
+
+
+@pytest.mark.parametrize('name, kw', [('all', {}), ('family', dict(rank='family')), ('by_rank', dict(at='rank'))])
+def test_a_predictor_of_before_the_tree_knew_its_ranks(name, kw, tmp_path):
+    "Written when ranks stood beside the tree (`tests/saved/make.py`): the same fingerprint, the same answers"
+    x, want = np.load(SAVED / 'predictor-features.npy'), pd.read_csv(SAVED / f'predictor-{name}.csv')
+    old, saved = Predictor.from_pretrained(SAVED / 'predictor'), Taxonomy.load(SAVED / 'predictor' / 'taxonomy.npz')
+    assert saved.ranks == () and (saved.rank_of == -1).all() and saved == old.taxonomy
+    assert old.taxonomy.ranks == ('order', 'family', 'species') and len(set(want['answer'])) > 3
+    old.save_pretrained(tmp_path / 'new')
+    new = Predictor.from_pretrained(tmp_path / 'new', taxonomy=saved)  # an equal tree that knows less
+    assert new.taxonomy.ranks == old.taxonomy.ranks
+    assert 'ranks' not in json.loads((tmp_path / 'new' / 'config.json').read_text())['predictor']
+    for p in (old, new):
+        assert (
+            p.fingerprint == json.loads((SAVED / 'predictor' / 'config.json').read_text())['predictor']['fingerprint']
+        )
+        got = table(p.ask(0.7, **kw), p, x).replace('', np.nan)
+        pd.testing.assert_frame_equal(got, want, check_dtype=False, atol=1e-4)
+    told = Predictor.from_pretrained(SAVED / 'predictor', ranks='class,genus,species')
+    assert told.taxonomy.ranks == ('class', 'genus', 'species') and told.fingerprint != old.fingerprint
+
+
+def test_a_part_of_a_tree_knows_its_ranks(ranked):
+    for scope in (Scope(ranked, 'family'), Scope(ranked, within=['s1', 's4']), Scope(ranked, 3, ['o1', 'dust'])):
+        assert scope.tax.ranks == ranked.ranks and len(scope.tax) < len(ranked)
+        assert scope.tax.rank_of.tolist() == ranked.rank_of[scope.nodes].tolist()
+
+
 @pytest.mark.parametrize('head', ['classifier', 'sphere_multi', 'path_softmax', 'arcface_levels'])
 def test_a_model_of_a_contracted_tree_says_so_and_can_be_expanded(tmp_path, head):
     whole = Taxonomy.from_paths({'a': 'o/f1/g1', 'b': 'o/f2/g2', 'c': 'o/f2/g2', 'd': 'p/q/r', 'e': 'p'})

@@ -387,6 +387,21 @@ def test_rank_of_every_node_by_walking_up(seed):
             assert place[v] == u
 
 
+def test_ranks_by_name_are_those_of_the_tree():
+    x, t, tax, r = data(5)
+    named = tax.with_ranks([f'r{d}' if d else None for d in tax.depths])
+    by_depth, by_name = (
+        evaluate_retrieval(x, t, tax=tax, at=(1, 2)),
+        evaluate_retrieval(x, t, tax=named, at=('r1', 'r2')),
+    )
+    np.testing.assert_array_equal(by_name, by_depth)
+    a, b = Index(x, t, tax), Index(x, t, named)
+    for rule in VOTES:
+        np.testing.assert_array_equal(a.classify(x[:20], 1, rule), b.classify(x[:20], 'r1', rule))
+    with pytest.raises(HiermetricError, match='needs `ranks`'):
+        a.classify(x[:20], 'r1')
+
+
 # ---- ranking scores --------------------------------------------------------------------------------------------------
 # the first case of pytorch-metric-learning's tests/utils/test_calculate_accuracies.py: labels of five queries, labels
 # of their neighbours, how many of the gallery match
