@@ -1,5 +1,5 @@
-"""How `predictor`, `predictor-features.npy` and the answers lying here were made, by hiermetric as of commit 74f931e, when
-ranks stood beside the tree: run it there, never here."""
+"""How `predictor`, `predictor-features.npy` and the answers lying here were made, by hiermetric as of commit 74f931e,
+when ranks stood beside the tree: run it there, never here."""
 
 from pathlib import Path
 import numpy as np
