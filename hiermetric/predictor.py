@@ -176,7 +176,11 @@ class Question:
         new = novelty(strange, self.known) <= self.novel
         tax, answers, p = self.scope.tax, self.scope.step_up(np.asarray(self.rule(p)), new), p.numpy()
         out = pd.DataFrame(
-            {'answer': tax.names[answers], 'rank': list(map(tax.rank, answers)), 'path': list(map(self.path, answers))}
+            {
+                'answer': tax.names[answers],
+                'rank': [o or '' for o in tax.node_ranks[answers]],
+                'path': list(map(self.path, answers)),
+            }
             | self.lineage(answers)
             | {'probability': _round(p[np.arange(len(p)), answers]), 'novel': new}
         )
@@ -194,10 +198,10 @@ class Question:
         answers: np.ndarray,  # (B,) nodes of the small tree
     ) -> dict[str, list[str]]:  # rank → (B,) name of the taxon at that rank, '' where there is none
         "The named ranks of every answer, from the top down"
-        tax, names = self.scope.tax, {}
+        tax, names, known = self.scope.tax, {}, self.scope.tax.node_ranks
         for a in set(answers.tolist()):
             path = tax.ancestors(a)
-            names[a] = dict(zip(map(tax.rank, path), tax.names[path]))
+            names[a] = dict(zip(known[path], tax.names[path]))
         return {r: [names[a].get(r, '') for a in answers.tolist()] for r in tax.ranks}
 
     def path(self, node: int) -> str:
@@ -341,7 +345,7 @@ def from_model(
     cls: Predictor,
     model: Model,  # trained
     features: Features,  # those it was trained on, or those of its own backbone: their split 'val' calibrates
-    ranks: str | Path | Sequence[str] | None = None,  # see `Taxonomy.with_ranks`
+    ranks: str | Path | Sequence[str | None] | None = None,  # see `Taxonomy.with_ranks`
     # what flags novel images: a name of `list_detectors()`, or one that is not fitted yet
     detector: str | Detector = 'softmax',
     most: int = 2**24,  # numbers to keep of the validation images' probabilities

@@ -1672,7 +1672,7 @@ def _ranks_of(tax: Taxonomy, table: Taxonomy) -> np.ndarray:  # (N,) place in `t
             of[i] = table.rank_of[found[0]]
     return of
 
-
+# %% ../nbs/00_taxonomy.ipynb #0206c266
 def _ranks_by_table(path: Path, tax: Taxonomy) -> tuple[Sequence[str], np.ndarray]:  # names; (N,) places in them
     "Ranks from a CSV with a column a rank"
     if not path.is_file():
@@ -1689,7 +1689,7 @@ def _ranks_by_table(path: Path, tax: Taxonomy) -> tuple[Sequence[str], np.ndarra
     used = np.unique(of[of >= 0])
     return [table.ranks[k] for k in used], np.where(of < 0, -1, np.searchsorted(used, of))
 
-
+# %% ../nbs/00_taxonomy.ipynb #7fa8e78b
 def _ranks_by_node(names: list[str], tax: Taxonomy) -> tuple[Sequence[str], np.ndarray]:  # names; (N,) places in them
     "Ranks from the rank of every node, '' for none: ordered by their mean depth"
     if len(names) != len(tax):
@@ -1770,7 +1770,7 @@ def down_to(
     if not self.ranks:
         raise TaxonomyError(
             f"This tree does not know which taxa are of the rank {rank!r}. Give a level from 1 to {self.height}, "
-            "or tell it the ranks with ranks=… (--ranks): a CSV with one column a rank."
+            "or tell it the ranks by `with_ranks` (`--ranks`): a CSV with one column a rank."
         )
     most = self.ranks.index(choice('rank', clean_name(rank), self.ranks))
     named = self.rank_of >= 0
@@ -1785,27 +1785,10 @@ def down_to(
 
 # %% ../nbs/00_taxonomy.ipynb #490a6170
 @patch
-def at(
-    self: Taxonomy,
-    rank: str | int | Iterable[int | str],  # 'leaf', a depth, the name of a rank, or nodes by id or name
-) -> np.ndarray:  # (N,) int64: the node of that rank at or above each node, −1 where there is none
-    "Where every node belongs at a rank"
-    if isinstance(rank, str):
-        nodes = self._of_rank(clean_name(rank))
-    elif isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
-        nodes = np.flatnonzero(self.depths == rank)
-    else:
-        one = isinstance(rank, (bool, float, np.ndarray)) or _is_tensor(rank)
-        nodes = np.atleast_1d(self.node_ids(rank if one else list(rank)))
-    if not len(nodes):
-        raise TaxonomyError(f"This tree of height {self.height} has no node at depth {rank}.")
-    return self._spread(np.unique(nodes).astype(np.int64))
-
-
-@patch
 def _of_rank(self: Taxonomy, name: str) -> np.ndarray:  # node ids, ascending
     "The nodes of a rank; the leaves for 'leaf', unless a rank is called so"
-    if name in self.ranks and len(nodes := np.flatnonzero(self.node_ranks == name)):
+    nodes = np.flatnonzero(np.isin(self.rank_of, [k for k, o in enumerate(self.ranks) if o == name]))
+    if len(nodes):
         return nodes
     if name == 'leaf':
         return self.leaves
@@ -1833,6 +1816,24 @@ def _spread(
     out = np.full(len(self), -1)
     out[np.repeat(nodes - np.append(0, size.cumsum()[:-1]), size) + np.arange(size.sum())] = np.repeat(nodes, size)
     return out
+
+# %% ../nbs/00_taxonomy.ipynb #d6a06ec3
+@patch
+def at(
+    self: Taxonomy,
+    rank: str | int | Iterable[int | str],  # 'leaf', a depth, the name of a rank, or nodes by id or name
+) -> np.ndarray:  # (N,) int64: the node of that rank at or above each node, −1 where there is none
+    "Where every node belongs at a rank"
+    if isinstance(rank, str):
+        nodes = self._of_rank(clean_name(rank))
+    elif isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
+        nodes = np.flatnonzero(self.depths == rank)
+    else:
+        one = isinstance(rank, (bool, float, np.ndarray)) or _is_tensor(rank)
+        nodes = np.atleast_1d(self.node_ids(rank if one else list(rank)))
+    if not len(nodes):
+        raise TaxonomyError(f"This tree of height {self.height} has no node at depth {rank}.")
+    return self._spread(np.unique(nodes).astype(np.int64))
 
 # %% ../nbs/00_taxonomy.ipynb #787c364f
 @patch
