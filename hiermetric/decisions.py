@@ -29,6 +29,7 @@ from hiermetric.arithmetic import (
 from .checks import check_node_probs, check_targets
 from .core import HiermetricError, Registry, choice, row_chunks, whole_number
 from .metrics import calibration_bins, expected_calibration_error, negative_log_likelihood, per_sample
+from .ranks import ranks_or_depths
 from .taxonomy import Taxonomy, over_path, over_subtree
 
 # %% auto #0
@@ -545,8 +546,7 @@ def rank_confidence(
     node_probs: Tensor | np.ndarray,  # (B, N) coherent
     targets: Tensor | np.ndarray,  # (B,) true node ids
     tax: Taxonomy,  # tree over the N nodes
-    rank: int | str,  # a depth, or a name of `ranks`
-    ranks: Sequence[str | None] | None = None,  # (N,) the rank of every node; default: its depth
+    rank: int | str,  # a depth, or the name of a rank
 ) -> tuple[
     np.ndarray, np.ndarray
     # (B,) the largest probability at this rank; (B,) 1 where that is right, 0 where it is not, NaN where the label does
@@ -556,16 +556,12 @@ def rank_confidence(
     "How sure the model is at one rank, and how right"
     p = check_node_probs(node_probs, tax)
     t = check_targets(targets, tax, len(p))
-    known = tax.depths if ranks is None else np.array(ranks, dtype=object)
-    if len(known) != len(tax):
-        raise HiermetricError(
-            f"There are {len(known)} ranks for {len(tax)} nodes; give one a node, None where it has none."
-        )
+    known = tax.node_ranks if isinstance(rank, str) else tax.depths
     nodes = np.flatnonzero(known == rank)
     if not len(nodes):
         raise HiermetricError(
             f"No node has the rank {rank!r}; there are "
-            f"{', '.join(dict.fromkeys(str(o) for o in known if o is not None))}."
+            f"{', '.join(dict.fromkeys(str(o) for o in known if o is not None)) or 'none'}."
         )
     top = p[:, torch.as_tensor(nodes, device=p.device)].max(1)
     vague = np.searchsorted(nodes, tax.last[t], 'right') > np.searchsorted(
@@ -580,15 +576,17 @@ def rank_calibration(
     node_probs: Tensor | np.ndarray,
     targets: Tensor | np.ndarray,
     tax: Taxonomy,
-    ranks: Sequence[str | None] | None = None,
+    by: str | None = None,  # 'rank' or 'depth'; None: ranks where the tree knows them
     bins: int = 15,
 ) -> pd.DataFrame:  # a row a rank, from the top: images, accuracy, mean confidence, ECE
     "`rank_confidence` of every rank but the root's, summed up"
-    known = pd.Series(tax.depths if ranks is None else ranks, dtype=object)[1:]
-    order = pd.Series(tax.depths)[1:].groupby(known).mean().sort_values(kind='stable').index
+    by, known = ranks_or_depths(tax, by)
+    order = (
+        pd.Series(tax.depths)[1:].groupby(pd.Series(known, dtype=object)[1:]).mean().sort_values(kind='stable').index
+    )
     rows = {}
     for rank in order:
-        conf, hit = rank_confidence(node_probs, targets, tax, rank, ranks)
+        conf, hit = rank_confidence(node_probs, targets, tax, rank)
         ok = ~np.isnan(hit)
         rows[rank] = (
             {
@@ -600,7 +598,7 @@ def rank_calibration(
             if ok.any()
             else {'images': 0}
         )
-    return pd.DataFrame(rows).T.rename_axis('depth' if ranks is None else 'rank').astype({'images': int})
+    return pd.DataFrame(rows).T.rename_axis(by).astype({'images': int})
 
 # %% ../nbs/11_decisions.ipynb #09bf4bf0
 def plot_reliability(
@@ -609,8 +607,7 @@ def plot_reliability(
     tax: Taxonomy,  # tree over the N nodes
     bins: int = 15,  # of equal width
     ax: Axes | None = None,  # drawn here; default a new figure
-    rank: int | str | None = None,  # a depth, or a name of `ranks`; default: the leaves
-    ranks: Sequence[str | None] | None = None,  # (N,) the rank of every node; default: its depth
+    rank: int | str | None = None,  # a depth, or the name of a rank; default: the leaves
 ) -> Axes:
     "Share of hits against confidence; the area of a dot is the share of images in its bin"
     import matplotlib.pyplot as plt, seaborn as sns
@@ -622,7 +619,7 @@ def plot_reliability(
         if rank is None:
             confidence, hits = per_sample(node_probs, targets, tax)[['confidence', 'hit']].to_numpy().T
         else:
-            confidence, hits = rank_confidence(node_probs, targets, tax, rank, ranks)
+            confidence, hits = rank_confidence(node_probs, targets, tax, rank)
         told = ~np.isnan(hits)
         n, conf, hit = calibration_bins(confidence[told], hits[told], bins)
         ok = n > 0
@@ -740,10 +737,8 @@ class Guarantee(BackOff):
     def __init__(
         self,
         confidence: float = 0.95,  # 1 − α, in (0, 1)
-        at: str = 'all',  # to whom it is promised: 'all', 'rank' or 'clade'
+        at: str = 'all',  # to whom it is promised: 'all', 'rank' (depth, in a tree that knows no ranks) or 'clade'
         clades: Sequence[str] | None = None,  # names for at='clade'; default: the children of the root
-        # (N,) the rank of every node for at='rank', None for a node without one; default: its depth
-        ranks: Sequence[str | None] | None = None,
         score: str = 'bits',  # 'bits' per mistake, @eq-hull, or 'probability'
         # probability over calibration sets that the promise holds in the long run; None: on average over them
         sure: float | None = None,
@@ -751,10 +746,9 @@ class Guarantee(BackOff):
         super().__init__(confidence)
         self.at = choice('group of images', at, ('all', 'rank', 'clade'))
         self.score = choice('score', score, ('bits', 'probability'))
-        for what, x, where in ('clades', clades, 'clade'), ('ranks', ranks, 'rank'):
-            if x is not None and at != where:
-                raise HiermetricError(f"`{what}` go with at={where!r}, but at is {at!r}.")
-        self.clades, self.ranks = clades if clades is None else list(clades), ranks if ranks is None else list(ranks)
+        if clades is not None and at != 'clade':
+            raise HiermetricError(f"`clades` go with at='clade', but at is {at!r}.")
+        self.clades = clades if clades is None else list(clades)
         self.sure = sure if sure is None else _confidence(sure)
 
     def _path(self, p: Tensor) -> tuple[Tensor, ...]:  # (B, K) nodes from the root, their probabilities, their scores
@@ -787,7 +781,7 @@ class Guarantee(BackOff):
                 torch.searchsorted(mass, self.confidence * SLACK * (mass[-1] + weights.double()))
             ][:, None]
         elif self.at == 'rank':
-            limits = limits[torch.tensor(self.grouping[2], device=p.device)[self._plain(nodes, probs)]][:, None]
+            limits = limits[self._plain(nodes, probs)][:, None]
         elif len(limits) > 1:
             limits = limits[nodes]
         return deepest_sure(nodes, scores > limits)
@@ -852,14 +846,10 @@ def _group_nodes(self: Guarantee):
         tops, group = np.unique(inner(named), return_inverse=True)
         return ['elsewhere', *tax.names[tops[1:]]], group[np.maximum(tax.parents[tops], 0)], group
     if self.at == 'rank':
-        if self.ranks is None:
+        if not tax.ranks:
             names, group = [f'depth {d}' for d in range(tax.height + 1)], tax.depths.astype(np.int64)
         else:
-            if len(self.ranks) != len(tax):
-                raise HiermetricError(
-                    f"There are {len(self.ranks)} ranks for {len(tax)} nodes; give one a node, None where it has none."
-                )
-            ranks = pd.Series(self.ranks, dtype=object).replace('', None)
+            ranks = pd.Series(tax.node_ranks, dtype=object)
             ranks[0] = ranks[0] or tax.names[0]
             names = pd.Series(tax.depths).groupby(ranks).mean().sort_values(kind='stable').index.tolist()
             group = ranks.map({o: i for i, o in enumerate(names)}).to_numpy()[inner(ranks.notna())].astype(int)
@@ -931,11 +921,12 @@ def _fit_groups(self: Guarantee, scores: np.ndarray, at: np.ndarray, t: np.ndarr
     if w is not None:
         limits[w == 0] = -np.inf  # such a label does not come
     self.groups = pd.DataFrame(rows, columns=['images', 'pooled', 'with', 'limit'], index=pd.Index(names, name=self.at))
-    self.limits = (
-        self.groups.limit.to_numpy(copy=True)
-        if self.at == 'rank' or (self.at == 'all' and w is None)
-        else _needs(limits, tax)
-    )
+    if self.at == 'rank':
+        self.limits = self.groups.limit.to_numpy()[group]
+    elif self.at == 'all' and w is None:
+        self.limits = self.groups.limit.to_numpy(copy=True)
+    else:
+        self.limits = _needs(limits, tax)
 
 # %% ../nbs/11_decisions.ipynb #b2aa3580
 def _calibration_set(rule: Rule, node_probs, targets, tax: Taxonomy) -> tuple[Tensor, np.ndarray]:

@@ -19,7 +19,7 @@ from .features import Features
 from .geometry import unit
 from .heads import Head, LeafHead, Model
 from .predictor import Predictor
-from .ranks import Ranks, down_to, lift
+from .ranks import lift
 from .retrieval import gallery_labels
 from .taxonomy import Taxonomy, tree_hues
 from .training import Run
@@ -557,8 +557,8 @@ def embedding_map(
     tax: Taxonomy,  # tree over the N nodes
     split: Sequence[str] | None = None,  # (n,) 'train', 'test', 'unseen' …: a mark for each
     images: Sequence[Any] | None = None,  # (n,) pictures; those of `thumbnails` points are embedded
-    rank: str | int | None = 1,  # coloured by this level, or rank, at first
-    ranks: Ranks | None = None,  # names of ranks, instead of levels
+    # coloured by this at first: a level, or the name of a rank, among its like in the menu; None: the last
+    rank: str | int | None = 1,
     thumbnails: int = 200,  # at the most, drawn at random, the same number of each split as far as possible
     side: int = 48,  # pixels of a thumbnail
     names: int = 12,  # written on the map, at the most
@@ -588,7 +588,7 @@ def embedding_map(
         raise HiermetricError(
             f"The place of image {int((~np.isfinite(xy)).any(1).argmax())} is NaN or infinity; it cannot be drawn."
         )
-    levels = list(ranks.names) if ranks else list(range(1, tax.height + 1))
+    levels = list(range(1, tax.height + 1)) if isinstance(rank, int) or not tax.ranks else list(tax.ranks)
     if rank is None:
         rank = levels[-1]
     if rank not in levels:
@@ -596,7 +596,7 @@ def embedding_map(
     thumbs = _thumbs(images, split, thumbnails, side, seed)
     groups, marks = list(dict.fromkeys(split.tolist())), ['circle', 'diamond', 'star', 'x', 'square']
     hue = _css(tree_hues(tax))
-    at = {k: lift(tax, targets, k, ranks) for k in levels}
+    at = {k: lift(tax, targets, k) for k in levels}
     colours = {k: [[hue[i] for i in at[k][split == g]] for g in groups] for k in levels}
     fig = go.Figure()
     for j, g in enumerate(groups):
@@ -737,11 +737,10 @@ def pair_distances(
     rank: str | int | None = None,  # clades at this level or rank; None: the labels themselves
     pairs: int = 20_000,  # of each kind
     seed: int = 0,
-    ranks: Ranks | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # (pairs,) within a clade; (pairs,) between clades; both 1 − cosine
     "Distances of random pairs, within and between"
     pairs = whole_number('The number of pairs', pairs)
-    clade = np.unique(lift(tax, check_targets(targets, tax, len(emb)), rank, ranks), return_inverse=True)[1]
+    clade = np.unique(lift(tax, check_targets(targets, tax, len(emb)), rank), return_inverse=True)[1]
     order, n = np.argsort(clade, kind='stable'), len(clade)
     size = np.bincount(clade)
     start = np.cumsum(size) - size
@@ -786,7 +785,7 @@ def plot_densities(
     tax: Taxonomy,
     levels: Sequence[str | int | None] = (1, None),  # one panel each, see `pair_distances`
     axes: 'Sequence[Axes]|None' = None,
-    **kwargs,  # pairs, seed, ranks of `pair_distances`
+    **kwargs,  # pairs, seed of `pair_distances`
 ) -> 'Figure':
     "Densities within and between clades, their overlap in the title"
     import matplotlib.pyplot as plt

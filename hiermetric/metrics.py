@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from .arithmetic import leaf_distribution, subtree_sums, truth_probability
 from .checks import check_leaf_scores, check_node_probs, check_targets
 from .core import HiermetricError, choice, did_you_mean, row_chunks, whole_number
+from .ranks import ranks_or_depths
 from .taxonomy import Taxonomy
 
 # %% auto #0
@@ -220,15 +221,12 @@ def node_counts(
     return subtree_sums(_at(t, a, tax.lca(a, t), n_nodes=len(tax)), tax)
 
 # %% ../nbs/10_metrics.ipynb #98cf8530
-def _by_rank(counts: np.ndarray, tax: Taxonomy, ranks: Sequence[str | None] | None) -> pd.DataFrame:
+def _by_rank(counts: np.ndarray, tax: Taxonomy, by: str | None) -> pd.DataFrame:
     "`rank_accuracy` from the counts of `node_counts`"
-    if ranks is not None and len(ranks) != len(tax):
-        raise HiermetricError(
-            f"There are {len(ranks)} ranks for {len(tax)} nodes; give one a node, None where it has none."
-        )
+    by, rows = ranks_or_depths(tax, by)
     t = pd.DataFrame(
         {
-            'rank': tax.depths if ranks is None else pd.Series(ranks, dtype=object).replace('', None),
+            'rank': pd.Series(rows, dtype=rows.dtype),
             'depth': tax.depths,
             'last': tax.last,
             'true': counts[0],
@@ -253,22 +251,19 @@ def _by_rank(counts: np.ndarray, tax: Taxonomy, ranks: Sequence[str | None] | No
         )
     )
     groups.insert(2, 'accuracy', groups.both / groups.n.where(groups.n > 0))
-    return groups.sort_values('depth', kind='stable')[['nodes', 'n', 'accuracy', 'macro']].rename_axis(
-        'depth' if ranks is None else 'rank'
-    )
+    return groups.sort_values('depth', kind='stable')[['nodes', 'n', 'accuracy', 'macro']].rename_axis(by)
 
 # %% ../nbs/10_metrics.ipynb #0d22a9a0
 def rank_accuracy(
     answers: np.ndarray,  # (B,) node ids
     targets: np.ndarray,  # (B,) true node ids
     tax: Taxonomy,  # tree
-    # (N,) the rank of every node, None for a node without one; default: its depth
-    ranks: Sequence[str | None] | None = None,
+    by: str | None = None,  # 'rank' or 'depth'; None: ranks where the tree knows them
     # a row a rank, from the top: its nodes, the images asked, their accuracy, its mean over the nodes that occur
     # (`macro`)
 ) -> pd.DataFrame:
     "How often the answer agrees with the truth at every rank; the root is left out"
-    return _by_rank(node_counts(answers, targets, tax), tax, ranks)
+    return _by_rank(node_counts(answers, targets, tax), tax, by)
 
 # %% ../nbs/10_metrics.ipynb #76b6cd22
 def negative_log_likelihood(leaf_probs: Tensor | np.ndarray, targets: np.ndarray, tax: Taxonomy) -> Tensor:  # (B,) nats
@@ -542,9 +537,9 @@ class TreeMetric(Metric):
         v = _values(*(o.cpu().numpy() for o in (self.sums, self.classes, self.bins)))
         return v if self.key is None else torch.tensor(v[self.key], device=self.sums.device)
 
-    def by_rank(self, ranks: Sequence[str | None] | None = None) -> pd.DataFrame:
+    def by_rank(self, by: str | None = None) -> pd.DataFrame:
         "`rank_accuracy` over all batches since `reset`"
-        return _by_rank(subtree_sums(self.nodes.cpu().numpy(), self.tax), self.tax, ranks)
+        return _by_rank(subtree_sums(self.nodes.cpu().numpy(), self.tax), self.tax, by)
 
 # %% ../nbs/10_metrics.ipynb #13124989
 def _choices(

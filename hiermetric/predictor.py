@@ -25,7 +25,6 @@ from .decisions import RULES, Rule, TemperatureScaling, create_rule
 from .features import ENGINES, Features, choose_engine, image_batches, torch_threads
 from .heads import MODEL, Model, create_head, head_name, head_settings
 from .metrics import accuracy, negative_log_likelihood
-from .ranks import Ranks, down_to
 from .taxonomy import Taxonomy, TaxonomyError, clean_name, escape_name, unescape_name, utf8_name
 from .training import load_run, split_tensors
 from .unseen import Detector, Outputs, create_detector, model_outputs
@@ -96,20 +95,15 @@ class Scope:
     def __init__(
         self,
         tax: Taxonomy,  # the whole tree, N nodes
-        rank: str | int | None = None,  # see `down_to`
+        rank: str | int | None = None,  # see `Taxonomy.down_to`
         within: str | Path | Iterable[str] | None = None,  # see `listed_leaves`
-        ranks: Ranks | None = None,  # which node has which rank
     ):
         self.whole, self.listed = tax, listed_leaves(tax, within)
         under = leaf_interval_sums(self.listed, tax)
-        keep = (under > 0) & down_to(tax, rank, ranks)
+        keep = (under > 0) & tax.down_to(rank)
         self.nodes, new = np.flatnonzero(keep), keep.cumsum() - 1  # (M,) ids in the whole tree
         above = tax.parents[self.nodes]
-        self.tax = (
-            tax
-            if keep.all()
-            else Taxonomy(tax.names.take(self.nodes), np.where(above < 0, -1, new[above]), distinct=True)
-        )
+        self.tax = tax if keep.all() else tax.spanning(self.nodes)
         self.at = new[tax.nearest_kept(keep)]  # (N,) where each node of the whole tree is to be found in the small one
         self.inside = under == tax.leaf_stop - tax.leaf_start  # (N,) whether all that a node stands for is listed
         alone = (
@@ -171,7 +165,6 @@ class Question:
     known: np.ndarray  # (n,) how strange known images look, ascending
     novel: float = 0.05  # share of known images that may be flagged
     candidates: int = 3  # to be named, at the most
-    ranks: Ranks | None = None  # of the whole tree
 
     def __call__(
         self,
@@ -185,7 +178,7 @@ class Question:
         out = pd.DataFrame(
             {
                 'answer': tax.names[answers],
-                'rank': [self.ranks.name(i) if self.ranks else '' for i in self.scope.nodes[answers]],
+                'rank': [o or '' for o in tax.node_ranks[answers]],
                 'path': list(map(self.path, answers)),
             }
             | self.lineage(answers)
@@ -205,13 +198,11 @@ class Question:
         answers: np.ndarray,  # (B,) nodes of the small tree
     ) -> dict[str, list[str]]:  # rank → (B,) name of the taxon at that rank, '' where there is none
         "The named ranks of every answer, from the top down"
-        if self.ranks is None:
-            return {}
-        tax, names = self.scope.tax, {}
+        tax, names, known = self.scope.tax, {}, self.scope.tax.node_ranks
         for a in set(answers.tolist()):
             path = tax.ancestors(a)
-            names[a] = dict(zip(map(self.ranks.name, self.scope.nodes[path]), tax.names[path]))
-        return {r: [names[a].get(r, '') for a in answers.tolist()] for r in self.ranks.names}
+            names[a] = dict(zip(known[path], tax.names[path]))
+        return {r: [names[a].get(r, '') for a in answers.tolist()] for r in tax.ranks}
 
     def path(self, node: int) -> str:
         "Names below the root, with / between them (a / inside a name is \\x2f); '' for the root"
@@ -292,12 +283,12 @@ class Predictor(
         val_strange: Tensor | None = None,  # (n,) what it says about the validation images
         # how images become features: backbone, size, fit, fill, backbone_fingerprint; None: features only
         images: dict | None = None,
-        # which node has which rank, see `Ranks.read`; None: what the tree knows
-        ranks: Ranks | str | Path | Sequence[str] | None = None,
+        taxonomy: Taxonomy | None = None,  # the model's tree, which may know more ranks than the model's own
         about: dict | None = None,  # where it comes from, for people
         backbone: Backbone | None = None,  # the network itself, where it cannot be had by name
     ):
         self.model = model.eval()
+        self.taxonomy = self.model.taxonomy if taxonomy is None else taxonomy
         self.val_probs = val_probs
         self.val_targets = val_targets
         self.temperature = float(temperature)
@@ -312,19 +303,8 @@ class Predictor(
             else val_strange
         )
         self.images, self.about, self._given, self._running = images, about or {}, backbone, {}
-        self.ranks = (
-            Ranks.of_tree(self.taxonomy)
-            if ranks is None
-            else ranks
-            if isinstance(ranks, Ranks)
-            else Ranks.read(ranks, self.taxonomy)
-        )
         self.calibration = TemperatureScaling()
         self.calibration.temperature, self.calibration.tax = self.temperature, self.taxonomy
-
-    @property
-    def taxonomy(self) -> Taxonomy:
-        return self.model.taxonomy
 
     def __repr__(self) -> str:
         made = ' '.join(f'{k} {v}' for k, v in self.about.items() if k in ('head', 'data'))
@@ -365,7 +345,7 @@ def from_model(
     cls: Predictor,
     model: Model,  # trained
     features: Features,  # those it was trained on, or those of its own backbone: their split 'val' calibrates
-    ranks: str | Path | Sequence[str] | None = None,  # see `Ranks.read`
+    ranks: str | Path | Sequence[str | None] | None = None,  # see `Taxonomy.with_ranks`
     # what flags novel images: a name of `list_detectors()`, or one that is not fitted yet
     detector: str | Detector = 'softmax',
     most: int = 2**24,  # numbers to keep of the validation images' probabilities
@@ -377,6 +357,7 @@ def from_model(
             f"The model belongs to the taxonomy {tax.fingerprint} and the features to "
             f"{features.taxonomy.fingerprint}; give the features that it was trained on."
         )
+    told = None if ranks is None else tax.with_ranks(ranks)
     x, targets = _inputs(model, features, 'val')
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(1, most // len(tax))].sort().values
     seen, targets = model_outputs(model.top, x[some]), targets[some]
@@ -400,7 +381,7 @@ def from_model(
         if 'backbone_fingerprint' in meta
         else None
     )
-    return cls(model, probs, targets, scaled.temperature, detector, detector.score(seen), images, ranks, about)
+    return cls(model, probs, targets, scaled.temperature, detector, detector.score(seen), images, told, about)
 
 
 @patch(cls_method=True)
@@ -437,19 +418,19 @@ def _hash(
         for k, v in sorted(self.model.state_dict().items())
         for part in (k, v.detach().cpu().contiguous().numpy().tobytes())
     ]
-    d = self.detector.state()
+    d, tax = self.detector.state(), self.taxonomy
     learned = [part for k, v in sorted(d.pop('learned').items()) for part in (k, v.numpy().tobytes())]
     more = (
         (
             json.dumps([self.model.config, self.images], sort_keys=True, default=str),
-            self.ranks and (self.ranks.names, self.ranks.of.tolist()),
+            (list(tax.ranks), tax.rank_of.tolist()) if (tax.rank_of >= 0).any() else None,
         )
         if version > 1
         else ()
     )
     return core.fingerprint(
         *weights,
-        self.taxonomy.fingerprint,
+        tax.fingerprint,
         *(o.numpy().tobytes() for o in (self.val_probs, self.val_targets, self.val_strange)),
         round(self.temperature, 9),
         d,
@@ -503,12 +484,10 @@ def ask(
         )
     if candidates < 0:
         raise HiermetricError(f"The number of candidates must be 0 or more, not {candidates}.")
-    scope = Scope(self.taxonomy, rank, within, self.ranks)
+    scope = Scope(self.taxonomy, rank, within)
     takes = inspect.signature(RULES[rule]).parameters
     if bad := [k for k in kwargs if k not in takes]:
         raise HiermetricError(f"The rule {rule!r} has no setting {bad[0]!r}; it has {', '.join(takes) or 'none'}.")
-    if kwargs.get('at') == 'rank' and self.ranks:
-        kwargs = {'ranks': [self.ranks.name(i) or None for i in scope.nodes]} | kwargs
     made = create_rule(rule, **({'confidence': confidence} if 'confidence' in takes else {}), **kwargs)
     rows = torch.from_numpy(scope.inside[self.val_targets.numpy()])
     if made.learned and not rows.any():
@@ -517,7 +496,7 @@ def ask(
             "about it; ask for rule='argmax', which promises nothing, or for more taxa."
         )
     made.fit(scope.probs(self._val[rows])[0], scope.at[self.val_targets[rows].numpy()], scope.tax)
-    return Question(scope, made, np.sort(self.val_strange.numpy()), novel, candidates, self.ranks)
+    return Question(scope, made, np.sort(self.val_strange.numpy()), novel, candidates)
 
 # %% ../nbs/15_predictor.ipynb #ce9f8440
 def walk_images(
@@ -740,6 +719,7 @@ def _save_pretrained(self: Predictor, folder: Path) -> None:
     from safetensors.torch import save
 
     self.model.write_files(folder)
+    self.taxonomy.save(folder / 'taxonomy.npz')  # with its ranks
     d = self.detector.state()
     learned = {f'detector.{k}': v.contiguous() for k, v in d.pop('learned').items()}
     (folder / 'calibration.safetensors').write_bytes(
@@ -755,7 +735,6 @@ def _save_pretrained(self: Predictor, folder: Path) -> None:
         detector=d,
         images=self.images,
         about=self.about,
-        ranks=self.ranks and {'names': self.ranks.names, 'of': self.ranks.of.tolist()},
     )
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     (folder / 'config.json').write_text(json.dumps(config | {'predictor': more}, indent=1), encoding='utf-8')
@@ -864,7 +843,7 @@ def from_pretrained(
     folder: str | Path,
     *,
     taxonomy: Taxonomy | None = None,  # refuse a model of any other tree
-    ranks: Ranks | str | Path | Sequence[str] | None = None,  # instead of those it was saved with
+    ranks: str | Path | Sequence[str | None] | None = None,  # instead of those it was saved with
     backbone: Backbone | None = None,  # the network, where it cannot be had by name
     **kwargs,  # `revision`, `token`, `local_files_only` … of `ModelHubMixin.from_pretrained`
 ) -> Predictor:
@@ -929,6 +908,7 @@ def _read_files(
 
     model = Model.read_files(folder, taxonomy)
     try:
+        tax = model.taxonomy if taxonomy is None else Taxonomy.load(folder / 'taxonomy.npz')
         cfg = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('predictor')
         if cfg is None:
             raise HiermetricError(
@@ -940,6 +920,8 @@ def _read_files(
             raise HiermetricError(f"The model in {folder} was written by a newer hiermetric; update this one.")
         if not (folder / 'calibration.safetensors').exists():
             raise HiermetricError(f"{folder} has lost its calibration.safetensors; copy the whole folder again.")
+        if told := cfg.get('ranks'):  # where they were before the tree kept them
+            tax = tax.with_ranks(told['names'], told['of'])
         val = load((folder / 'calibration.safetensors').read_bytes())
         learned = {k.removeprefix('detector.'): v for k, v in val.items() if k.startswith('detector.')}
         detector = Detector.restore(cfg['detector'] | {'learned': learned}, model.taxonomy)
@@ -951,11 +933,11 @@ def _read_files(
             detector,
             val['strange'],
             cfg['images'],
-            cfg['ranks'] and Ranks(cfg['ranks']['names'], np.array(cfg['ranks']['of'])),
+            tax,
             cfg['about'],
             backbone,
         )
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as e:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError, TaxonomyError) as e:
         raise HiermetricError(f"The predictor in {folder} is damaged ({e}); save it again.") from e
     if out.val_probs.shape[1:] != (len(model.taxonomy),) or out._hash(cfg['version']) != cfg['fingerprint']:
         raise HiermetricError(
@@ -964,7 +946,7 @@ def _read_files(
             "Copy the whole folder again, or train again."
         )
     if ranks is not None:
-        out.ranks = ranks if isinstance(ranks, Ranks) else Ranks.read(ranks, out.taxonomy)
+        out.taxonomy = tax.with_ranks(ranks)
     if gone := [o for some in model.taxonomy.contracted.values() for o in some]:
         warnings.warn(
             f"The tree of this model was contracted: {len(gone)} taxa that have a single child there "
@@ -988,11 +970,6 @@ def expand(self: Predictor) -> Predictor:
         np.cumsum([1 + len(old.contracted.get(i, ())) for i in range(len(old))]) - 1
     )  # (N,) where each node stands now
     heir = torch.from_numpy(np.searchsorted(own, np.arange(len(new))))  # (N',) whose probability each node has
-    ranks = (
-        None
-        if self.ranks is None
-        else Ranks(self.ranks.names, np.where(np.isin(np.arange(len(new)), own), self.ranks.of[heir], -1))
-    )
     detector = Detector.restore(self.detector.state() | {'taxonomy': new.fingerprint}, new)
     return Predictor(
         Model(self.model.embedding, head, self.model.encoder),
@@ -1002,7 +979,7 @@ def expand(self: Predictor) -> Predictor:
         detector,
         self.val_strange,
         self.images,
-        ranks,
+        new,
         self.about,
         self._given,
     )

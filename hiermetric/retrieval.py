@@ -25,7 +25,6 @@ from hiermetric.core import (
     whole_number,
 )
 from .geometry import DISTANCES, unit
-from .ranks import at_rank
 from .taxonomy import Taxonomy
 
 # %% auto #0
@@ -570,11 +569,10 @@ def _vectors(self: Index, part: slice) -> np.ndarray:  # (m, D)
 @patch
 def means(
     self: Index,
-    at: str | int | Iterable[int | str] = 'leaf',  # as for `at_rank`
-    ranks: Sequence[str | None] | None = None,  # (N,)
+    at: str | int | Iterable[int | str] = 'leaf',  # see `Taxonomy.at`
 ) -> tuple[np.ndarray, Tensor]:  # (M,) node ids with images, ascending; (M, D) float32
     "Mean of the images of every class of a rank"
-    place = np.where(self.alive, at_rank(self.taxonomy, at, ranks)[self.targets], -1)
+    place = np.where(self.alive, self.taxonomy.at(at)[self.targets], -1)
     nodes, column = np.unique(place, return_inverse=True)
     sums = torch.zeros(len(nodes), self.dim, dtype=torch.float64)
     for part in row_chunks(len(place), self.dim):
@@ -612,18 +610,17 @@ def node_probs(
 def classify(
     self: Index,
     queries: Tensor | np.ndarray,  # (B, D)
-    at: str | int | Iterable[int | str] = 'leaf',  # as for `at_rank`
+    at: str | int | Iterable[int | str] = 'leaf',  # see `Taxonomy.at`
     rule: str = 'majority',  # one of `VOTES`
     k: int = 10,  # neighbours that vote
-    ranks: Sequence[str | None] | None = None,  # (N,)
 ) -> np.ndarray:  # (B,) node ids of that rank; the root where no neighbour has one
     "The answer of the gallery at a rank"
     if choice('rule', rule, VOTES) == 'mean':
-        nodes, means = self.means(at, ranks)
+        nodes, means = self.means(at)
         q = _ready(queries, self.metric, 'queries', self.dim)
         return nodes[_nearest(q, means, 1, self.metric).rows[:, 0].numpy()]
     near, tax = self.search(queries, 1 if rule == 'nearest' else k), self.taxonomy
-    place = at_rank(tax, at, ranks)
+    place = tax.at(at)
     nodes = torch.as_tensor(np.unique(place[place >= 0]))
     best = [vote_probs(near[o], self.targets, tax, rule)[:, nodes].max(1) for o in row_chunks(len(near), len(tax))]
     return torch.cat([torch.where(o.values > 0, nodes[o.indices], 0) for o in best]).numpy()
@@ -766,12 +763,11 @@ def retrieval_scores(
     gallery: Tensor | np.ndarray | None = None,  # (n, D); None: the queries, each without itself
     gallery_targets: Tensor | np.ndarray | None = None,  # (n,) or (n, C)
     tax: Taxonomy | None = None,  # tree of the node ids; None: several labels
-    at: Sequence = ('leaf',),  # ranks, each as for `at_rank`
+    at: Sequence = ('leaf',),  # ranks, see `Taxonomy.at`
     k: Sequence[int] = (1, 5, 10),  # of Recall@k
     metric: str = 'cosine',  # one of `DISTANCES`
     graded: int | None = 250,  # K of AHP@K; None leaves graded relevance out
     own: bool = False,  # query i is row i of the gallery and does not count
-    ranks: Sequence[str | None] | None = None,  # (N,) for ranks by name
 ) -> dict[Any, pd.DataFrame]:  # by rank, 'graded' and 'labels': B rows, a column a score
     "Every score of every query"
     k = _ks(k)
@@ -783,7 +779,7 @@ def retrieval_scores(
         raise HiermetricError(
             f"own=True says that query i is row i of the gallery, but there are {len(q)} queries and {len(g)} rows."
         )
-    judges = _judges(targets, gallery_targets, tax, at, k, graded, own, ranks, len(q), len(g))
+    judges = _judges(targets, gallery_targets, tax, at, k, graded, own, len(q), len(g))
     K = min(len(g) - own, max([*k, graded or 1, *(j.most for j in judges.values())]))
     if K < 1:
         raise HiermetricError("The gallery is empty but for the query itself; nothing can be ranked.")
@@ -866,7 +862,7 @@ class _Labels:
         return out | graded_scores(gain.gather(1, rows[:, :K]), gain.topk(K, 1).values, self.graded)
 
 # %% ../nbs/13_retrieval.ipynb #4d58b9b3
-def _judges(targets, gallery_targets, tax, at, k, graded, own, ranks, B: int, n: int) -> dict[Any, Any]:
+def _judges(targets, gallery_targets, tax, at, k, graded, own, B: int, n: int) -> dict[Any, Any]:
     if tax is None:
         y = [_tensor(o).float() for o in (targets, gallery_targets)]
         if (
@@ -881,7 +877,7 @@ def _judges(targets, gallery_targets, tax, at, k, graded, own, ranks, B: int, n:
             )
         return {'labels': _Labels(*y, k, graded, own)}
     u, v = check_targets(targets, tax, B), check_targets(gallery_targets, tax, n)
-    place = {name if isinstance(name, (str, int, np.integer)) else 'nodes': at_rank(tax, name, ranks) for name in at}
+    place = {name if isinstance(name, (str, int, np.integer)) else 'nodes': tax.at(name) for name in at}
     out = {name: _Classes(torch.as_tensor(p[u]), torch.as_tensor(p[v]), k, own) for name, p in place.items()}
     return out | ({} if graded is None else {'graded': _Tree(u, v, tax, graded, own)})
 
@@ -892,21 +888,16 @@ def evaluate_retrieval(
     gallery: Tensor | np.ndarray | None = None,  # (n, D); None: the queries, each without itself
     gallery_targets: Tensor | np.ndarray | None = None,  # (n,) or (n, C)
     tax: Taxonomy | None = None,  # tree; None: several labels
-    at: Sequence = ('leaf',),  # ranks, each as for `at_rank`
+    at: Sequence = ('leaf',),  # ranks, see `Taxonomy.at`
     average: str = 'images',  # 'images', or 'classes': first the mean of each class of the rank
     clusters: bool = False,  # NMI as well
-    ranks: Sequence[str | None] | None = None,  # (N,) for ranks by name
     **kwargs,  # `k`, `metric`, `graded`, `own` of `retrieval_scores`
 ) -> pd.DataFrame:  # a row a rank, a column a score; `images` that were judged
     "Means of `retrieval_scores`, and NMI of the queries"
     choice('average', average, ('images', 'classes'))
-    scores, rows = retrieval_scores(queries, targets, gallery, gallery_targets, tax, at, ranks=ranks, **kwargs), {}
+    scores, rows = retrieval_scores(queries, targets, gallery, gallery_targets, tax, at, **kwargs), {}
     place = (
-        {
-            name: at_rank(tax, name, ranks)[np.asarray(targets)]
-            for name in at
-            if isinstance(name, (str, int, np.integer))
-        }
+        {name: tax.at(name)[np.asarray(targets)] for name in at if isinstance(name, (str, int, np.integer))}
         if tax is not None
         else {}
     )

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastcore.basics import patch
-from .core import HiermetricError, atomic_path, did_you_mean, fingerprint
+from .core import HiermetricError, atomic_path, choice, did_you_mean, fingerprint, nearby_folders
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -298,6 +298,7 @@ class Taxonomy(_Derived):
         # what a table calls a class → position of its node (several, where it is called alike)
         labels: Mapping[str, Sequence[int]] | None = None,
     ):
+        ranks = tuple(map(clean_name, ranks))
         names, parents = _pack(names), np.asarray(parents if hasattr(parents, '__len__') else list(parents))
         if len(names) != len(parents):
             raise TaxonomyError(f"There are {len(names)} names and {len(parents)} parents; every node has one of each.")
@@ -317,7 +318,7 @@ class Taxonomy(_Derived):
             parents = np.append(number, np.int32(-1))[parents[order]]
             names = names.take(order)
             contracted, hollow = {number[k]: v for k, v in (contracted or {}).items()}, [number[k] for k in hollow]
-            rank_of = None if rank_of is None else np.asarray(rank_of)[order]
+            rank_of = None if rank_of is None else _check_rank_of(rank_of, ranks, len(parents))[order]
             labels = {k: [number[o] for o in v] for k, v in (labels or {}).items()}
         depths = over_path(np.add, (parents >= 0).astype(np.int32), parents)
         self.__dict__.update(
@@ -329,8 +330,8 @@ class Taxonomy(_Derived):
             contracted=MappingProxyType({int(k): tuple(v) for k, v in (contracted or {}).items()}),
             hollow=tuple(sorted(map(int, hollow))),
             _tensors={},
-            ranks=tuple(map(clean_name, ranks)),
-            rank_of=_frozen(np.full(len(parents), -1, np.int32) if rank_of is None else np.array(rank_of, np.int32)),
+            ranks=ranks,
+            rank_of=_frozen(_check_rank_of(rank_of, ranks, len(parents))),
             labels=MappingProxyType(
                 {k if k.isascii() else clean_name(k): tuple(map(int, v)) for k, v in (labels or {}).items()}
             ),
@@ -419,6 +420,16 @@ def _check_root(names: Names, parents: np.ndarray) -> None:
             f"There are {len(roots):,} roots ({_few(names[roots[:6]], len(roots))}) and a tree has one; "
             "root='name' puts one above them."
         )
+
+
+def _check_rank_of(rank_of: Iterable[int] | None, ranks: Sequence[str], n: int) -> np.ndarray:  # (N,) int32
+    "A place among the ranks for every node; none has one by default"
+    out = np.full(n, -1, np.int32) if rank_of is None else np.array(rank_of, np.int32)
+    if out.shape != (n,):
+        raise TaxonomyError(f"There are {out.size} ranks for {n} nodes; give one a node, None where it has none.")
+    if (bad := np.flatnonzero((out < -1) | (out >= len(ranks)))).size:
+        raise TaxonomyError(f"There is no rank number {out[bad[0]]}; there are {len(ranks)} ranks, and −1 marks none.")
+    return out
 
 
 def _cycle(names: Names, parents: np.ndarray) -> str:
@@ -1644,6 +1655,185 @@ def level_leaves(self: Taxonomy) -> Taxonomy:  # all leaves at depth H
         rank_of=rank_of,
         labels={k: own[list(v)] for k, v in self.labels.items()},
     )
+
+# %% ../nbs/00_taxonomy.ipynb #3d129701
+def _ranks_of(tax: Taxonomy, table: Taxonomy) -> np.ndarray:  # (N,) place in `table.ranks`, −1 for none
+    "Ranks from another tree: of the nodes there of the same name (or label), the one with the most ancestors in common"
+    named, of = {k: list(v) for k, v in table.labels.items()}, np.full(len(tax), -1)
+    for i, name in enumerate(table.names):
+        named[name] = [*named.get(name, ()), i]
+    above = lambda t, i: t.names[t.ancestors(i)[1:-1]]
+    for i in range(1, len(tax)):
+        found = [k for k in dict.fromkeys(named.get(tax.names[i], ())) if table.rank_of[k] >= 0]
+        if len(found) > 1:
+            mine = Counter(above(tax, i))
+            found.sort(key=lambda k: (-(mine & Counter(above(table, k))).total(), len(above(table, k))))
+        if found:
+            of[i] = table.rank_of[found[0]]
+    return of
+
+# %% ../nbs/00_taxonomy.ipynb #0206c266
+def _ranks_by_table(path: Path, tax: Taxonomy) -> tuple[Sequence[str], np.ndarray]:  # names; (N,) places in them
+    "Ranks from a CSV with a column a rank"
+    if not path.is_file():
+        raise TaxonomyError(f"There is no table of ranks {path}.{nearby_folders(path)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', TaxonomyWarning)  # a name at two ranks is what this is made for
+        table = Taxonomy.from_csv(path, name='')
+    of = _ranks_of(tax, table)
+    if (of < 0).all():
+        raise TaxonomyError(
+            f"No name in {path} is in the tree of {tax.names[0]!r}; its columns should be ranks from the top "
+            "down, and its cells names of taxa."
+        )
+    used = np.unique(of[of >= 0])
+    return [table.ranks[k] for k in used], np.where(of < 0, -1, np.searchsorted(used, of))
+
+# %% ../nbs/00_taxonomy.ipynb #7fa8e78b
+def _ranks_by_node(names: list[str], tax: Taxonomy) -> tuple[Sequence[str], np.ndarray]:  # names; (N,) places in them
+    "Ranks from the rank of every node, '' for none: ordered by their mean depth"
+    if len(names) != len(tax):
+        raise TaxonomyError(
+            f"There are {len(names)} ranks for {len(tax)} nodes; give one a node, None where it has none."
+        )
+    used, of = np.unique(np.array(names), return_inverse=True)
+    depth = np.where(used == '', np.inf, np.bincount(of, tax.depths) / np.bincount(of))  # '' comes last
+    order = np.argsort(depth, kind='stable')
+    ranks = [o for o in used[order].tolist() if o]
+    of = np.argsort(order)[of]
+    return ranks, np.where(of < len(ranks), of, -1)
+
+
+def _ranks_by_level(names: list[str], tax: Taxonomy) -> tuple[Sequence[str], np.ndarray]:  # names; (N,) places in them
+    "Ranks from names of the levels below the root"
+    if len(ends := np.unique(tax.depths[tax.leaves])) > 1:
+        raise TaxonomyError(
+            f"The leaves of this tree lie at the depths {ends[0]} to {ends[-1]}, so that its levels are no "
+            "ranks; give a CSV with one column a rank."
+        )
+    if len(names) != tax.height:
+        raise TaxonomyError(
+            f"There are {len(names)} ranks for the {tax.height} levels below the root; name every level, from "
+            "the top down."
+        )
+    return names, tax.depths - 1
+
+# %% ../nbs/00_taxonomy.ipynb #db542d96
+@patch
+def with_ranks(
+    self: Taxonomy,
+    # a CSV whose columns are ranks from the top down, or names: of the levels from the top down, or, one a node, of
+    # every node's rank, None where it has none
+    ranks: str | Path | Sequence[str | None],
+    # (N,) place of each node's rank in `ranks`, −1 where it has none; None: `ranks` tells
+    rank_of: Iterable[int] | None = None,
+) -> Taxonomy:  # an equal tree
+    "The same tree, told which node has which rank; a node of a table is found by its path"
+    if rank_of is None and isinstance(ranks, (str, Path)) and Path(ranks).suffix.lower() in ('.csv', '.tsv', '.txt'):
+        ranks, rank_of = _ranks_by_table(Path(ranks), self)
+    elif rank_of is None:
+        given = ranks.split(',') if isinstance(ranks, str) else list(ranks)
+        by_node = not isinstance(ranks, str) and (len(given) == len(self) or None in given)
+        ranks, rank_of = (_ranks_by_node if by_node else _ranks_by_level)(list(map(clean_name, given)), self)
+    return Taxonomy(
+        self.names,
+        self.parents,
+        self.contracted,
+        self.hollow,
+        distinct=True,
+        ranks=ranks,
+        rank_of=rank_of,
+        labels=self.labels,
+    )
+
+
+@patch(as_prop=True)
+def node_ranks(self: Taxonomy) -> np.ndarray:  # (N,) of strings, None where a node has no rank
+    "The name of every node's rank"
+    return np.array([*self.ranks, None], object)[self.rank_of]
+
+# %% ../nbs/00_taxonomy.ipynb #da78e5e6
+@patch
+def down_to(
+    self: Taxonomy,
+    rank: str | int | None,  # level (1 is right below the root), name of a rank, or None for everything
+) -> np.ndarray:  # (N,) bool, closed upwards
+    "The nodes at a rank and above it"
+    if rank is None:
+        return np.ones(len(self), bool)
+    if str(rank).strip().lstrip('-').isdecimal():
+        if not 1 <= int(rank) <= self.height:
+            raise TaxonomyError(
+                f"There is no level {rank}; this tree has the levels 1 (right below the root) to {self.height}."
+            )
+        return self.depths <= int(rank)
+    if not self.ranks:
+        raise TaxonomyError(
+            f"This tree does not know which taxa are of the rank {rank!r}. Give a level from 1 to {self.height}, "
+            "or tell it the ranks by `with_ranks` (`--ranks`): a CSV with one column a rank."
+        )
+    most = self.ranks.index(choice('rank', clean_name(rank), self.ranks))
+    named = self.rank_of >= 0
+    at, ranked, keep = named & (self.rank_of <= most), named.copy(), np.ones(len(self), bool)
+    holds = over_subtree(np.maximum, at.astype(np.int32), self.parents) > 0  # a rank that is wanted, here or below
+    for depth in range(1, self.height + 1):
+        i = np.flatnonzero(self.depths == depth)
+        above = self.parents[i]
+        keep[i] = keep[above] & (at[i] | ~named[i] & (holds[i] | ~ranked[above]))
+        ranked[i] |= ranked[above]
+    return keep
+
+# %% ../nbs/00_taxonomy.ipynb #490a6170
+@patch
+def _of_rank(self: Taxonomy, name: str) -> np.ndarray:  # node ids, ascending
+    "The nodes of a rank; the leaves for 'leaf', unless a rank is called so"
+    nodes = np.flatnonzero(np.isin(self.rank_of, [k for k, o in enumerate(self.ranks) if o == name]))
+    if len(nodes):
+        return nodes
+    if name == 'leaf':
+        return self.leaves
+    if not self.ranks:
+        raise TaxonomyError(
+            f"The rank {name!r} needs `ranks`, which this tree does not know (`with_ranks` tells them); without them "
+            "there are 'leaf', depths and sets of nodes."
+        )
+    known = [o for k, o in enumerate(self.ranks) if k in self.rank_of]
+    raise TaxonomyError(f"No node has the rank {name!r}; there are {', '.join(known) or 'none'}.")
+
+
+@patch
+def _spread(
+    self: Taxonomy,
+    nodes: np.ndarray,  # ids, ascending
+) -> np.ndarray:  # (N,) int64
+    "Each node's own number over its whole subtree, −1 elsewhere"
+    size = self.last[nodes].astype(np.int64) - nodes + 1
+    if (low := np.flatnonzero(nodes[1:] <= self.last[nodes[:-1]])).size:
+        raise TaxonomyError(
+            f"{self.names[nodes[low[0] + 1]]!r} lies below {self.names[nodes[low[0]]]!r}; the nodes of one rank "
+            "must not lie below each other."
+        )
+    out = np.full(len(self), -1)
+    out[np.repeat(nodes - np.append(0, size.cumsum()[:-1]), size) + np.arange(size.sum())] = np.repeat(nodes, size)
+    return out
+
+# %% ../nbs/00_taxonomy.ipynb #d6a06ec3
+@patch
+def at(
+    self: Taxonomy,
+    rank: str | int | Iterable[int | str],  # 'leaf', a depth, the name of a rank, or nodes by id or name
+) -> np.ndarray:  # (N,) int64: the node of that rank at or above each node, −1 where there is none
+    "Where every node belongs at a rank"
+    if isinstance(rank, str):
+        nodes = self._of_rank(clean_name(rank))
+    elif isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
+        nodes = np.flatnonzero(self.depths == rank)
+    else:
+        one = isinstance(rank, (bool, float, np.ndarray)) or _is_tensor(rank)
+        nodes = np.atleast_1d(self.node_ids(rank if one else list(rank)))
+    if not len(nodes):
+        raise TaxonomyError(f"This tree of height {self.height} has no node at depth {rank}.")
+    return self._spread(np.unique(nodes).astype(np.int64))
 
 # %% ../nbs/00_taxonomy.ipynb #787c364f
 @patch

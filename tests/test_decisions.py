@@ -1,7 +1,7 @@
 "Decision rules and calibration against slow and obvious versions, on random ragged trees."
 
 import json
-import numpy as np, pytest, torch, warnings
+import numpy as np, pandas as pd, pytest, torch, warnings
 from hypothesis import given, settings, strategies as st
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import (
@@ -740,7 +740,7 @@ def test_shallow_leaves_and_missing_ranks():
         (lambda P, t, x: create_rule('guarantee', at='family'), "no group of images 'family'"),
         (lambda P, t, x: create_rule('guarantee', clades=['n1']), "go with at='clade'"),
         (lambda P, t, x: create_rule('guarantee', at='clade', clades=['n99']).fit(P, t, x), "no 'n99'"),
-        (lambda P, t, x: create_rule('guarantee', at='rank', ranks=['a']).fit(P, t, x), '1 ranks for'),
+        (lambda P, t, x: create_rule('guarantee', at='rank').fit(P, t, x.with_ranks([None])), '1 ranks for'),
         (lambda P, t, x: create_rule('guarantee').fit(P, t, x, weights=np.ones(3)), 'shape (3,) for 30 images'),
         (lambda P, t, x: create_rule('guarantee').fit(P, t, x, weights=-np.ones(30)), 'weight of image 0 is -1'),
         (
@@ -860,13 +860,36 @@ def test_rank_confidence_by_hand(case):
         *((o, ranks) for o in ('high', 'low') if o in ranks),
     ):
         nodes = [v for v in range(len(tax)) if (tax.depths[v] if known is None else known[v]) == rank]
-        conf, hit = rank_confidence(P, t, tax, rank, known)
+        conf, hit = rank_confidence(P, t, tax if known is None else tax.with_ranks(known), rank)
         for b in range(len(p)):
             best = first_best(nodes, lambda v: P[b, v])
             told = not any(int(t[b]) in parents_of(tax, v) for v in nodes)
             assert conf[b] == pytest.approx(P[b, best]) and (
                 np.isnan(hit[b]) if not told else hit[b] == (best in path(tax, int(t[b])))
             )
+
+
+def test_tables_by_rank_ask_the_tree_and_can_be_told_to_ask_depths():
+    tax, q, t, r = labelled(3.0, 500)
+    P, named = tax.node_probs(q), tax.with_ranks([f'r{d}' if d else None for d in tax.depths])
+    by_depth, by_rank = rank_calibration(P, t, tax), rank_calibration(P, t, named)
+    assert by_rank.index.tolist() == [f'r{d}' for d in by_depth.index] and by_rank.index.name == 'rank'
+    np.testing.assert_array_equal(by_rank, by_depth)
+    pd.testing.assert_frame_equal(rank_calibration(P, t, named, 'depth'), by_depth)
+
+
+def test_a_promise_by_rank_reads_the_tree_and_needs_it_no_more():
+    "The limits stand at the nodes, so that a fitted rule answers the same on an equal tree that knows other ranks"
+    tax, q, t, r = labelled(3.0, 500)
+    P = tax.node_probs(q)
+    ranks = [None if not d else 'upper' if d < 2 else 'lower' for d in tax.depths]
+    rule = create_rule('guarantee', confidence=0.8, at='rank').fit(P, t, tax.with_ranks(ranks))
+    by_depth = create_rule('guarantee', confidence=0.8, at='rank').fit(P, t, tax)
+    assert rule.groups.index.tolist() == [tax.names[0], 'upper', 'lower'] and rule.limits.shape == (len(tax),)
+    assert by_depth.groups.index.tolist() == [f'depth {d}' for d in range(tax.height + 1)]
+    assert (rule(P) != by_depth(P)).any()
+    for known in (tax, tax.with_ranks(ranks), tax.with_ranks(['x'] * len(tax))):
+        np.testing.assert_array_equal(Rule.restore(json.loads(json.dumps(rule.state())), known)(P), rule(P))
 
 
 def test_rank_calibration_is_the_ece_of_each_depth():

@@ -416,6 +416,18 @@ def test_map_is_small_and_says_what_it_holds():
     assert all(v.startswith('data:image/jpeg') for v in thumbs.values())
 
 
+def test_maps_and_pairs_read_the_ranks_of_the_tree():
+    named = TAX.with_ranks([dict(mammal='class', bird='class', cat='family', dog='family').get(o) for o in TAX.names])
+    rng = np.random.default_rng(0)
+    t, xy = rng.choice(TAX.leaves, 60), rng.normal(size=(60, 2))
+    menu = lambda rank: re.findall(r'"label":"(.*?)"', embedding_map(xy, t, named, rank=rank))
+    assert menu(1) == ['level 1', 'level 2', 'level 3'] and menu('family') == menu(None) == ['class', 'family']
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    for rank, level in (('class', 1), ('family', 2)):
+        same, other = pair_distances(x, lift(TAX, t, 2), named, rank, 100)
+        assert np.array_equal(same, pair_distances(x, lift(TAX, t, 2), TAX, level, 100)[0])
+
+
 def test_umap_layout_repeats():
     pytest.importorskip('umap')
     x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))

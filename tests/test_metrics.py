@@ -261,7 +261,10 @@ def test_ranks_are_the_slow_version(case, named):
     ranks = (
         [f'rank{d}' if d and r.random() < 0.7 else None for d in tax.depths] if named else [int(o) for o in tax.depths]
     )
-    got, want = rank_accuracy(A, T, tax, ranks if named else None), slow_ranks(tax, A, T, ranks)
+    got, want = (
+        (rank_accuracy(A, T, tax.with_ranks(ranks), 'rank') if named else rank_accuracy(A, T, tax)),
+        slow_ranks(tax, A, T, ranks),
+    )
     assert set(got.index) == set(want) and list(got.columns) == ['nodes', 'n', 'accuracy', 'macro']
     for k, v in want.items():
         assert tuple(got.loc[k]) == pytest.approx(v, nan_ok=True), k
@@ -288,10 +291,10 @@ def test_ranks_that_are_none_are_named():
     tax = Taxonomy.from_parents(TREE)
     T = tax.leaves
     with pytest.raises(HiermetricError, match='There are 2 ranks for 8 nodes'):
-        rank_accuracy(T, T, tax, ['x', 'y'])
+        tax.with_ranks(['x', None])
     with pytest.raises(HiermetricError, match="'a1' and a node above it are both of the rank 'x'"):
-        rank_accuracy(T, T, tax, [{'a': 'x', 'a1': 'x', 'c': 'y'}.get(o) for o in tax.names])
-    got = rank_accuracy(T, T, tax, [{'a': 'upper', 'b1': 'lower', 'c': ''}.get(o) for o in tax.names])
+        rank_accuracy(T, T, tax.with_ranks([{'a': 'x', 'a1': 'x', 'c': 'y'}.get(o) for o in tax.names]))
+    got = rank_accuracy(T, T, tax.with_ranks([{'a': 'upper', 'b1': 'lower', 'c': ''}.get(o) for o in tax.names]))
     assert got.index.tolist() == ['upper', 'lower'] and got.n.tolist() == [2, 1] and got.accuracy.tolist() == [1, 1]
 
 
@@ -533,6 +536,8 @@ def test_leaf_measures_equal_torchmetrics_and_sklearn():
 @settings(max_examples=25, deadline=None)
 def test_stateful_equals_functional_whatever_the_batches(case):
     tax, P, T, r = case
+    if tax.height < 4:
+        tax = tax.with_ranks([int(o) % 3 or None for o in tax.depths])
     whole = evaluate(P, T, tax)
     every = {k: TreeMetric(tax, k) for k in ('top1', 'macro_top1', 'severity', 'hd@20', 'hf1', 'ece')}
     m = TreeMetric(tax)
@@ -543,9 +548,8 @@ def test_stateful_equals_functional_whatever_the_batches(case):
         for e in every.values():
             e.update(P[o], T[o])
     assert_same(m.compute(), whole)
-    ranks = [int(o) % 3 or None for o in tax.depths] if tax.height < 4 else None
     pd.testing.assert_frame_equal(
-        m.by_rank(ranks), rank_accuracy(per_sample(P, T, tax).node.to_numpy(), T, tax, ranks), check_dtype=False
+        m.by_rank(), rank_accuracy(per_sample(P, T, tax).node.to_numpy(), T, tax), check_dtype=False
     )
     for k, e in every.items():
         assert float(e.compute()) == pytest.approx(whole[k], abs=1e-6, nan_ok=True)

@@ -20,7 +20,6 @@ from hiermetric.predictor import (
     novelty,
     walk_images,
 )
-from hiermetric.ranks import Ranks, down_to
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, split_tensors
 from hiermetric.features import toy_features
@@ -85,11 +84,11 @@ RAGGED = Taxonomy.from_paths(
 
 
 @pytest.fixture
-def ranks(tmp_path):
+def ranked(tmp_path):
     (tmp_path / 'taxa.csv').write_text(
         'order,family,genus,species,AphiaID\no1,f1,g1,s1,12\no1,f1,g1,s2,13\no1,,g2,s3,14\no1,f2,g3,s4,15\no2,,,s5,16\n'
     )
-    return Ranks.read(tmp_path / 'taxa.csv', RAGGED)
+    return RAGGED.with_ranks(tmp_path / 'taxa.csv')
 
 
 @pytest.mark.parametrize(
@@ -101,11 +100,11 @@ def ranks(tmp_path):
         ('species', 's1 s2 s3 s4 s5 o1 f1 g1 g2 sub f2 g3 o2 dust'),
     ],
 )
-def test_ragged_ranks(ranks, rank, kept):
-    assert ranks.names == ['order', 'family', 'genus', 'species']
-    keep = down_to(RAGGED, rank, ranks)
+def test_ragged_ranks(ranked, rank, kept):
+    assert ranked.ranks == ('order', 'family', 'genus', 'species')
+    keep = ranked.down_to(rank)
     assert {o for o, k in zip(RAGGED.names, keep) if k} == {'root', *kept.split()}
-    assert Scope(RAGGED, rank, ranks=ranks).tax.n_leaves >= 3
+    assert Scope(ranked, rank).tax.n_leaves >= 3
 
 
 def test_a_rank_is_found_by_path(tmp_path):
@@ -123,8 +122,8 @@ def test_a_rank_is_found_by_path(tmp_path):
             ('Actinobacteria', 'Actinobacteria', 'Actinomycetales'),
         ]
     )
-    ranks = Ranks.read(tmp_path / 'homo.csv', tree)
-    assert {tree.path(i): ranks.name(i) for i in range(1, len(tree))} == {
+    ranked = tree.with_ranks(tmp_path / 'homo.csv')
+    assert {tree.path(i): ranked.rank(i) for i in range(1, len(tree))} == {
         'root/living': '',
         'root/living/Ochrophyta': 'phylum',
         'root/living/Ochrophyta/Licmophorales': 'order',
@@ -139,7 +138,7 @@ def test_a_rank_is_found_by_path(tmp_path):
     }
     (tmp_path / 'labels.csv').write_text('class,kingdom,class,species\nA_b,Animalia,Aves,A b\n')
     folder = Taxonomy.from_paths({'A_b': 'Animalia/Aves', 'x': 'Animalia'})
-    assert [Ranks.read(tmp_path / 'labels.csv', folder).name(i) for i in range(len(folder))] == [
+    assert [folder.with_ranks(tmp_path / 'labels.csv').rank(i) for i in range(len(folder))] == [
         '',
         'kingdom',
         'class',
@@ -172,6 +171,36 @@ def test_ranks_of_the_tree_need_not_be_told(tmp_path):
     ).all()
     leaf = table(back.ask(0.6, 'argmax', novel=0), back, x)
     assert set(leaf['rank']) == {'species'} and (leaf.species == leaf.answer).all()
+
+
+SAVED = Path(__file__).parent / 'saved'
+
+
+@pytest.mark.parametrize('name, kw', [('all', {}), ('family', dict(rank='family')), ('by_rank', dict(at='rank'))])
+def test_a_predictor_of_before_the_tree_knew_its_ranks(name, kw, tmp_path):
+    "Written when ranks stood beside the tree (`tests/saved/make.py`): the same fingerprint, the same answers"
+    x, want = np.load(SAVED / 'predictor-features.npy'), pd.read_csv(SAVED / f'predictor-{name}.csv')
+    old, saved = Predictor.from_pretrained(SAVED / 'predictor'), Taxonomy.load(SAVED / 'predictor' / 'taxonomy.npz')
+    assert saved.ranks == () and (saved.rank_of == -1).all() and saved == old.taxonomy
+    assert old.taxonomy.ranks == ('order', 'family', 'species') and len(set(want['answer'])) > 3
+    old.save_pretrained(tmp_path / 'new')
+    new = Predictor.from_pretrained(tmp_path / 'new', taxonomy=saved)  # an equal tree that knows less
+    assert new.taxonomy.ranks == old.taxonomy.ranks
+    assert 'ranks' not in json.loads((tmp_path / 'new' / 'config.json').read_text())['predictor']
+    for p in (old, new):
+        assert (
+            p.fingerprint == json.loads((SAVED / 'predictor' / 'config.json').read_text())['predictor']['fingerprint']
+        )
+        got = table(p.ask(0.7, **kw), p, x).replace('', np.nan)
+        pd.testing.assert_frame_equal(got, want, check_dtype=False, atol=1e-4)
+    told = Predictor.from_pretrained(SAVED / 'predictor', ranks='class,genus,species')
+    assert told.taxonomy.ranks == ('class', 'genus', 'species') and told.fingerprint != old.fingerprint
+
+
+def test_a_part_of_a_tree_knows_its_ranks(ranked):
+    for scope in (Scope(ranked, 'family'), Scope(ranked, within=['s1', 's4']), Scope(ranked, 3, ['o1', 'dust'])):
+        assert scope.tax.ranks == ranked.ranks and len(scope.tax) < len(ranked)
+        assert scope.tax.rank_of.tolist() == ranked.rank_of[scope.nodes].tolist()
 
 
 @pytest.mark.parametrize('head', ['classifier', 'sphere_multi', 'path_softmax', 'arcface_levels'])
@@ -215,10 +244,9 @@ def test_a_node_without_a_rank(tmp_path):
             'dust': 'dead/grey',
         }
     )
-    ranks = Ranks.read(tmp_path / 't.csv', tree)
+    ranked = tree.with_ranks(tmp_path / 't.csv')
     kept = lambda rank: (
-        {o for o, k in zip(tree.names, down_to(tree, rank, ranks)) if k}
-        - {'root', 'living', 'dead', 'grey', 'dust', 'o'}
+        {o for o, k in zip(tree.names, ranked.down_to(rank)) if k} - {'root', 'living', 'dead', 'grey', 'dust', 'o'}
     )
     assert (kept('order'), kept('family'), kept('species')) == (
         set(),
@@ -237,14 +265,14 @@ def test_a_tree_of_one_node_has_no_genus_to_step_up_to():
 def test_ranks_that_fit_nothing(tmp_path):
     (tmp_path / 'other.csv').write_text('order,family\nCoraciiformes,Alcedinidae\n')
     with pytest.raises(HiermetricError, match='No name in .*other.csv is in the tree'):
-        Ranks.read(tmp_path / 'other.csv', RAGGED)
+        RAGGED.with_ranks(tmp_path / 'other.csv')
     with pytest.raises(HiermetricError, match='There is no table of ranks'):
-        Ranks.read(tmp_path / 'othre.csv', RAGGED)
+        RAGGED.with_ranks(tmp_path / 'othre.csv')
     with pytest.raises(HiermetricError, match='the depths 1 to 5, so that its levels are no ranks'):
-        Ranks.read('a,b,c', Taxonomy.from_paths({'s': 'a/b/c/d', 't': None}))
+        Taxonomy.from_paths({'s': 'a/b/c/d', 't': None}).with_ranks('a,b,c')
     for bad in (0, -1, 6):
         with pytest.raises(HiermetricError, match=f'There is no level {bad}'):
-            down_to(RAGGED, bad)
+            RAGGED.down_to(bad)
 
 
 def test_checklists(tmp_path):
@@ -390,7 +418,7 @@ def test_the_promise_holds_for_what_is_asked(kw, confidence=0.8):
             EVEN.node_probs(p[:n]),
             torch.from_numpy(t[:n].astype(np.int64)),
             1.0,
-            ranks='order,family,species',
+            taxonomy=EVEN.with_ranks('order,family,species'),
         )
         question = predictor.ask(confidence, **kw)
         scope = question.scope
@@ -468,7 +496,7 @@ def test_every_head_and_detector_comes_back(tmp_path, head, detector):
     assert (
         back.fingerprint == predictor.fingerprint
         and back.about == predictor.about
-        and back.ranks.names == ['order', 'family', 'species']
+        and back.taxonomy.ranks == ('order', 'family', 'species')
     )
     for kw in ({}, dict(rank='family', within='a', confidence=0.8), dict(at='rank')):
         pd.testing.assert_frame_equal(table(back.ask(**kw), back, x), table(predictor.ask(**kw), predictor, x))

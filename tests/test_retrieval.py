@@ -27,7 +27,6 @@ from hiermetric.retrieval import (
     unseen_protocol,
     vote_probs,
 )
-from hiermetric.ranks import at_rank
 from hiermetric import retrieval
 from hiermetric.taxonomy import Taxonomy
 
@@ -349,7 +348,7 @@ def test_answers_at_every_rank_are_those_of_the_loop(metric, rule):
     index = Index(x, t, tax, metric)
     near = neighbours(q, x, 1 if rule == 'nearest' else 6, metric)
     for at in ('leaf', 1, 2):
-        place = at_rank(tax, at)
+        place = tax.at(at)
         said = index.classify(q, at, rule, k=6)
         for i in range(len(q)):
             if rule == 'mean':
@@ -380,12 +379,27 @@ def test_rank_of_every_node_by_walking_up(seed):
     for at, wanted in (('leaf', tax.heights == 0), (1, tax.depths == 1), ('r1', np.array([o == 'r1' for o in ranks]))):
         if not np.any(wanted):
             continue
-        place = at_rank(tax, at, ranks if at == 'r1' else None)
+        place = (tax.with_ranks(ranks) if at == 'r1' else tax).at(at)
         for v in range(len(tax)):
             u = v
             while u >= 0 and not wanted[u]:
                 u = tax.parents[u]
             assert place[v] == u
+
+
+def test_ranks_by_name_are_those_of_the_tree():
+    x, t, tax, r = data(5)
+    named = tax.with_ranks([f'r{d}' if d else None for d in tax.depths])
+    by_depth, by_name = (
+        evaluate_retrieval(x, t, tax=tax, at=(1, 2)),
+        evaluate_retrieval(x, t, tax=named, at=('r1', 'r2')),
+    )
+    np.testing.assert_array_equal(by_name, by_depth)
+    a, b = Index(x, t, tax), Index(x, t, named)
+    for rule in VOTES:
+        np.testing.assert_array_equal(a.classify(x[:20], 1, rule), b.classify(x[:20], 'r1', rule))
+    with pytest.raises(HiermetricError, match='needs `ranks`'):
+        a.classify(x[:20], 'r1')
 
 
 # ---- ranking scores --------------------------------------------------------------------------------------------------
@@ -527,7 +541,7 @@ def test_every_rank_and_several_labels_against_the_loop(metric):
     order, _ = slow_neighbours(x, x, 89, metric, np.arange(90))
     scores = retrieval_scores(x, t, tax=tax, at=('leaf', 1, 2), metric=metric, graded=20)
     for at in ('leaf', 1, 2):
-        c = at_rank(tax, at)[t]
+        c = tax.at(at)[t]
         for i in range(90):
             rel = (c[order[i]] == c[i]) & (c[i] >= 0)
             R = rel.sum()
@@ -602,7 +616,7 @@ def test_classification_at_a_rank_agrees_with_rank_accuracy():
     said = index.classify(x[160:], 'leaf', 'nearest')
     table = rank_accuracy(said, t[160:], tax)
     for depth in table.index:
-        c = at_rank(tax, int(depth))[t[160:]]
+        c = tax.at(int(depth))[t[160:]]
         assert np.isclose((index.classify(x[160:], int(depth), 'nearest') == c)[c >= 0].mean(), table.accuracy[depth])
 
 

@@ -30,7 +30,7 @@ READ = {  # name → (what writes, what reads, everything that it answers)
     'predictor': (
         PREDICTOR.save_pretrained,
         Predictor.from_pretrained,
-        lambda p: (answers(p), p.fingerprint, p.ranks.of.tolist()),
+        lambda p: (answers(p), p.fingerprint, p.taxonomy.rank_of.tolist()),
     ),
     'index': (
         INDEX.save,
@@ -94,7 +94,7 @@ def put(cfg, where, value):
     *path, last = where.split('.')
     for k in path:
         cfg = cfg[k]
-    assert cfg[last] != value
+    assert cfg.get(last) != value
     cfg[last] = value
 
 
@@ -103,8 +103,9 @@ EDITS = [
     ('embedding.power', 0.6),
     ('head.m', 0.3),
     ('predictor.temperature', 3.0),
-    ('predictor.ranks.names', ['phylum', 'class', 'species']),
-    ('predictor.ranks.of', [-1, 1, 1, 2, 2, 2, 0, 1, 2, 2]),
+    # where ranks were before the tree kept them
+    ('predictor.ranks', {'names': ['phylum', 'class', 'species'], 'of': (TREE.depths - 1).tolist()}),
+    ('predictor.ranks', {'names': ['kingdom', 'class', 'species'], 'of': [-1, 1, 1, 2, 2, 2, 0, 1, 2, 2]}),
 ]
 
 
@@ -121,6 +122,21 @@ def test_an_edited_setting_is_told(where, value, sealed, tmp_path):
     with pytest.raises(
         HiermetricError,
         match='config.json is not what was saved' if sealed else 'does not belong to its weights and settings',
+    ):
+        Predictor.from_pretrained(tmp_path / 'it')
+
+
+@pytest.mark.parametrize('sealed', [True, False])
+@pytest.mark.parametrize('ranks', [['phylum', 'class', 'species'], [None, *'abcdefghi'][: len(TREE)]])
+def test_an_edited_rank_is_told(ranks, sealed, tmp_path):
+    "Ranks are no part of a tree's fingerprint, and of the predictor's"
+    PREDICTOR.save_pretrained(tmp_path / 'it')
+    TREE.with_ranks(ranks).save(tmp_path / 'it' / 'taxonomy.npz')
+    if not sealed:
+        (tmp_path / 'it' / 'SHA256SUMS').unlink()
+    with pytest.raises(
+        HiermetricError,
+        match='taxonomy.npz is not what was saved' if sealed else 'does not belong to its weights and settings',
     ):
         Predictor.from_pretrained(tmp_path / 'it')
 

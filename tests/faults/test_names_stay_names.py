@@ -11,7 +11,6 @@ from hiermetric.core import HiermetricError
 from hiermetric.datasets import load_dataset, read_taxonomy
 from hiermetric.decisions import create_rule
 from hiermetric.predictor import FORMATS, Question, Scope, listed_leaves
-from hiermetric.ranks import Ranks, down_to
 from hiermetric.taxonomy import LabelGraph, Taxonomy, TaxonomyError, TaxonomyWarning
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -294,8 +293,7 @@ def test_null_words_are_classes(tmp_path):
         'none'
     ) == ['none']
     (tmp_path / 'ranks.csv').write_text('label,family,genus\n' + ''.join(f'{o},grey,\n' for o in rows))
-    ranks = Ranks.read(tmp_path / 'ranks.csv', tax)
-    assert ranks.name(tax.index('grey')) == 'family'
+    assert tax.with_ranks(tmp_path / 'ranks.csv').rank('grey') == 'family'
     _, table = answers(tax, tax.leaves)
     table.insert(0, 'image', list(tax.leaf_names))
     for name in FORMATS:
@@ -351,14 +349,9 @@ def test_an_accent_is_an_accent_at_every_door(tmp_path, given, asked):
         (tmp_path / 'ranks.csv').write_text(
             f'family,genus\n{unicodedata.normalize("NFD", clade)},{asked}\nfish,cod\n', encoding='utf-8'
         )
-        ranks = Ranks.read(tmp_path / 'ranks.csv', tax)
-        assert ranks.name(tax.index(NFC)) == 'genus'
-        named = Ranks.read(f'{unicodedata.normalize("NFD", "Crustacé")},genre', tax)
-        assert (
-            down_to(tax, 'Crustacé', named).sum()
-            == 3
-            == down_to(tax, unicodedata.normalize('NFD', 'Crustacé'), named).sum()
-        )
+        assert tax.with_ranks(tmp_path / 'ranks.csv').rank(NFC) == 'genus'
+        named = tax.with_ranks(f'{unicodedata.normalize("NFD", "Crustacé")},genre')
+        assert named.down_to('Crustacé').sum() == 3 == named.down_to(unicodedata.normalize('NFD', 'Crustacé')).sum()
         assert Taxonomy.from_csv(
             tmp_path / 'r.csv', ranks=[unicodedata.normalize('NFD', 'famille é'), 'genus']
         ).ranks == ('famille é', 'genus')

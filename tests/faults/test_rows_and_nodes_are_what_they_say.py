@@ -21,7 +21,6 @@ from hiermetric.retrieval import (
     unseen_protocol,
     vote_probs,
 )
-from hiermetric.ranks import at_rank
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.unseen import (
     Outputs,
@@ -83,7 +82,7 @@ NO_NODES = {
         lambda o: hold_out(FEATURES, o),
         lambda o: draw_species(FEATURES, 1, exclude=o),
         lambda o: Index(X, LABELS, TREE).remove(nodes=o),
-        lambda o: at_rank(TREE, o),
+        lambda o: TREE.at(o),
         lambda o: unseen_protocol((X, X), (X, X), LABELS, LABELS, TREE, o),
         lambda o: lift(TREE, o),
         lambda o: toward_node(create_head('classifier', 6, TREE), o[-1]),
@@ -100,8 +99,8 @@ def test_a_mask_is_no_list_of_nodes_and_shapes_must_go_together():
         lambda: TREE.multi_hot(torch.as_tensor(mask)),
         lambda: hold_out(FEATURES, mask),
         lambda: lift(TREE, mask),
-        lambda: at_rank(TREE, mask),
-        lambda: at_rank(TREE, True),
+        lambda: TREE.at(mask),
+        lambda: TREE.at(True),
     ):
         refused(ask)
     refused(lambda: TREE.lca([1, 2, 3], [1, 2]), '(3,) and (2,)')
