@@ -388,7 +388,8 @@ class _Dumper(yaml.SafeDumper):
 
 _WHOLE = re.compile(r'[-+]?(0|[1-9][0-9_]*)$')
 _NUMBER = re.compile(
-    r'([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$'
+    r'([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|'
+    r'[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$'
 )
 for _o in (_Loader, _Dumper):
     _o.add_implicit_resolver('tag:yaml.org,2002:int', _WHOLE, list('-+0123456789'))

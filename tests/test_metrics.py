@@ -402,7 +402,7 @@ def test_a_curve_does_not_depend_on_the_chunks(monkeypatch):
     P, T = tax.node_probs(r.dirichlet(np.ones(5) * 0.3, 50)), r.integers(0, len(tax), 50)
     whole = [operating_curve(P, T, tax, o) for o in ('information', 'climb', 'leaf')]
     rows = metrics.row_chunks
-    monkeypatch.setattr(metrics, '_rows', lambda n, width: rows(n, width, 7 * width))
+    monkeypatch.setattr(metrics, 'row_chunks', lambda n, width: rows(n, width, 7 * width))
     for a, b in zip(whole, [operating_curve(P, T, tax, o) for o in ('information', 'climb', 'leaf')]):
         pd.testing.assert_frame_equal(a, b)
 

@@ -65,10 +65,10 @@ def slow_neighbours(q, g, k, metric, own):
 @pytest.mark.parametrize('block', [7, 2**16])
 def test_neighbours_are_those_of_the_loop(metric, own, block, monkeypatch):
     "Also where gallery and queries are cut into many blocks"
-    rows = retrieval._rows
+    rows = retrieval.row_chunks
     monkeypatch.setattr(
         retrieval,
-        '_rows',
+        'row_chunks',
         lambda n, width, cells=2**22: rows(n, width, min(cells, block) if width == 1 else min(cells, block * 11)),
     )
     x, *_, r = data(3)

@@ -926,7 +926,7 @@ def test_pixels_are_decoded_once_and_as_the_predictor_sees_them(pictures, tmp_pa
     assert torch.equal(x, torch.stack([t.pixels(p) for p in paths])) and size.tolist() == [
         list(Image.open(p).size) for p in paths
     ]
-    monkeypatch.setattr(tr, '_batches', lambda *a: pytest.fail('decoded again'))
+    monkeypatch.setattr(tr, 'image_batches', lambda *a: pytest.fail('decoded again'))
     assert len(ImageSource(pictures, 'val', t, cache=tmp_path)) == len(paths)
     with pytest.raises(BaseException, match='decoded again'):
         ImageSource(
