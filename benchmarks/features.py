@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from hiermetric.backbones import create_backbone, read_image
-from hiermetric.datasets import load_dataset
-from hiermetric.features import image_batches, ENGINES, torch_threads
+from hiermetric.images.backbones import create_backbone
+from hiermetric.images.pictures import read_image
+from hiermetric.images.named import load_dataset
+from hiermetric.images.engines import image_batches, ENGINES, torch_threads
 
 n, rounds = (int(a) for a in (sys.argv[1:] + ["128", "5"][len(sys.argv) - 1 :])[:2])
 

@@ -30,7 +30,7 @@ def tree(n: int):
 def losses(n: int, batch: int) -> dict:
     "name → (loss of logits, how often to call it in a round, after how many rounds to stop)"
     import torch, torch.nn.functional as F
-    from hiermetric.hbce import HBCELoss
+    from hiermetric.heads.hbce import HBCELoss
 
     tax, g = tree(n), torch.Generator().manual_seed(0)
     v = tax.tensor('leaves')[torch.randint(0, tax.n_leaves, (batch,), generator=g)]

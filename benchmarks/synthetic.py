@@ -6,8 +6,8 @@ its mistakes land.
 
 import sys
 import numpy as np, torch
-from hiermetric.datasets import load_dataset
-from hiermetric.features import extract
+from hiermetric.images.named import load_dataset
+from hiermetric.images.features import extract
 from hiermetric.training import fit
 
 for fauna in map(int, sys.argv[1:] or ['0']):

@@ -19,8 +19,9 @@ from contextlib import nullcontext
 from pathlib import Path
 import pandas as pd, torch
 from torch.utils.flop_counter import FlopCounterMode
-from hiermetric.heads import EmbeddingNet, Model, create_head
-from hiermetric.encoder import Encoder
+from hiermetric.heads.model import EmbeddingNet, Model
+from hiermetric.heads.contract import create_head
+from hiermetric.images.encoder import Encoder
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import create_optimizer, kept_memory, make_accelerator, parameter_groups
 

@@ -223,8 +223,8 @@ def _features(
     skip_bad: bool,
 ) -> Features:
     "Images by name or folder, their tree, their features; the last from the cache where they are"
-    from hiermetric.datasets import load_dataset
-    from hiermetric.features import extract
+    from hiermetric.images.named import load_dataset
+    from hiermetric.images.features import extract
 
     table = load_dataset(data, taxonomy=taxonomy, tree=tree, contract=contract, held_out=_held(held_out))
     _note_data(table)
@@ -266,7 +266,7 @@ def _tree(taxonomy: str | None, tree: int | None, sep: str | None) -> tuple:
     "`--taxonomy` and `--tree`, read already where `--sep` says how"
     if sep is None:
         return taxonomy, tree
-    from hiermetric.datasets import read_taxonomy
+    from hiermetric.images.folders import read_taxonomy
 
     if taxonomy is None:
         raise HiermetricError("--sep parts the lineages of a CSV, and no CSV is given; give one with --taxonomy.")
@@ -482,7 +482,7 @@ def train(
         f"epoch {run.best_epoch + 1} of {len(run.history)}, validation top-1 {run.best['val_top1']:.1%}, NLL "
         f"{run.best['val_nll']:.3f}"
     )
-    from hiermetric.features import extract
+    from hiermetric.images.features import extract
     from hiermetric.predictor import Predictor
 
     seen = (
@@ -522,7 +522,7 @@ def evaluate(
     """
     f = _features(data, *_tree(taxonomy, tree, sep), contract, held_out, backbone, size, skip_bad)
     import pandas as pd
-    from hiermetric.core import atomic_path
+    from hiermetric.files import atomic_path
     from hiermetric.experiment import judge
     from hiermetric.training import load_run, predict, split_tensors
 
@@ -612,7 +612,7 @@ def predict(
     [cyan]hiermetric predict photos/ --model runs/mine --confidence 0.95 --out answers.csv[/]
     [cyan]hiermetric predict photos/ --model runs/mine --rank 2 --within Copepoda --format ecotaxa --out answers.tsv[/]
     """
-    from hiermetric.core import alone
+    from hiermetric.files import alone
 
     with alone(out) if out is not None else nullcontext():
         _write_answers(
@@ -696,7 +696,8 @@ def _write_answers(
 # %% ../nbs/16_cli.ipynb #f5836bfd
 def _read_tree(source: str, tree: int | None = None, sep: str | None = None) -> Taxonomy:
     "A tree from whatever holds one"
-    from hiermetric.datasets import DATASETS, load_dataset, read_taxonomy
+    from hiermetric.images.named import DATASETS, load_dataset
+    from hiermetric.images.folders import read_taxonomy
     from hiermetric.taxonomy import Taxonomy
 
     if os.path.isdir(source):

@@ -14,10 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 import numpy as np, yaml
 from fastcore.basics import patch
-from .core import HiermetricError, atomic_path, choice, did_you_mean, workplace
-from .datasets import DATASETS, ImageTable, folder_dataset, load_dataset
-from .features import Features
-from .heads import HEADS, EmbeddingNet
+from .core import HiermetricError, choice, did_you_mean
+from .files import atomic_path, workplace
+from .images.named import DATASETS, load_dataset
+from .images.table import ImageTable
+from .images.folders import folder_dataset
+from .images.features import Features
+from .heads.contract import HEADS
+from .heads.model import EmbeddingNet
 from .training import RUN_FILES, RUN_MARKS, SCHEDULES, Run, resolve_settings, defaults, fit
 
 # %% auto #0
@@ -133,8 +137,9 @@ def _inner(
     c: TrainConfig | SimpleNamespace,
     # setting → what it is handed to, and what is not the user's; None: nothing there
 ) -> dict[str, tuple[Callable, tuple] | None]:
-    from hiermetric.augment import AUGMENTS, MIXES, SAMPLERS
-    from hiermetric.backbones import create_backbone
+    from hiermetric.images.augment import AUGMENTS, MIXES
+    from hiermetric.images.sampling import SAMPLERS
+    from hiermetric.images.backbones import create_backbone
 
     return dict(
         head_kw=_head(c.head),
@@ -170,7 +175,7 @@ def check_run(
 def _check_head(own: dict, head: Callable, where: str, objects: bool) -> dict:
     "Settings inside the settings of a head: of what it chooses by name, a base, a loss, a miner, and of its members"
     from hiermetric.pairs import LOSSES, MINERS
-    from hiermetric.sphere import CRITERIA
+    from hiermetric.heads.criteria import CRITERIA
 
     own, usual = dict(own), inspect.signature(head).parameters
     for what, kw, known in (
@@ -548,8 +553,8 @@ def inputs(
     table: ImageTable | None = None,  # the images, if they are loaded already
 ) -> Features | ImageTable:
     "The images, or their features from the cache where they are"
-    from hiermetric.backbones import create_backbone
-    from hiermetric.features import extract
+    from hiermetric.images.backbones import create_backbone
+    from hiermetric.images.features import extract
 
     if table is None:
         table = self.data.load()

@@ -14,20 +14,12 @@ from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
 from torch import Tensor
-from hiermetric.core import (
-    HiermetricError,
-    atomic_path,
-    claim_folder,
-    did_you_mean,
-    fingerprint,
-    machine,
-    progress_bar,
-    versions,
-    workplace,
-)
+from .core import HiermetricError, did_you_mean, fingerprint, machine, progress_bar, versions
+from .files import atomic_path, claim_folder, workplace
 from .decisions import TemperatureScaling, create_rule
-from .features import Features
-from .heads import HEADS, Model, create_head, head_trait, power_normalise
+from .images.features import Features
+from .heads.contract import HEADS, create_head, head_trait
+from .heads.model import Model, power_normalise
 from .metrics import mistake_height, per_sample, summarise
 from .taxonomy import Taxonomy, utf8_name
 from .training import fit, load_run, predict, split_tensors

@@ -12,12 +12,15 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .backbones import Backbone, Transform, create_backbone, image_size, read_image, stages
+from .images.backbones import Backbone, Transform, create_backbone
+from .images.pictures import image_size, read_image
+from .images.encoder import stages
 from .checks import check_embeddings, check_targets
 from .core import HiermetricError, Registry, whole_number
-from .features import Features
+from .images.features import Features
 from .geometry import unit
-from .heads import Head, LeafHead, Model
+from .heads.contract import Head, LeafHead
+from .heads.model import Model
 from .predictor import Predictor
 from .ranks import lift
 from .retrieval import gallery_labels

@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from torch import Tensor, nn
 from fastcore.basics import patch
-from .aam import CombinedMargin
+from .heads.aam import CombinedMargin
 from .arithmetic import best_path, deepest_sure, root_path
 from .checks import check_embeddings, check_node_probs, check_numbers, check_targets
 from .core import HiermetricError
-from .datasets import ImageTable
+from .images.table import ImageTable
 from .decisions import Rule
-from .features import Features
+from .images.features import Features
 from .geometry import unit
-from .heads import EmbeddingNet, label_nll, subtree_nll
+from .heads.model import EmbeddingNet
+from .heads.contract import label_nll, subtree_nll
 from hiermetric.pairs import (
     BoostedDeviance,
     ClassMeans,

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .checks import check_node_ids, check_numbers
 from .core import HiermetricError, Registry, choice
 from .geometry import DISTANCES, distances, offsets, unit
-from .heads import LeafHead, label_nll, prototypes
+from .heads.contract import LeafHead, label_nll, prototypes
 from .taxonomy import Taxonomy
 
 # %% auto #0

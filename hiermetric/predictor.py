@@ -18,12 +18,16 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 from . import core
 from .arithmetic import leaf_distribution, leaf_interval_sums
-from .backbones import Backbone, create_backbone, image_size
-from .core import HiermetricError, Registry, atomic_path, did_you_mean, nearby_folders, settle
-from .datasets import IMAGE_TYPES
+from .images.backbones import Backbone, create_backbone
+from .images.pictures import image_size
+from .core import HiermetricError, Registry, did_you_mean, nearby_folders
+from .files import atomic_path, settle
+from .images.folders import IMAGE_TYPES
 from .decisions import RULES, Rule, TemperatureScaling, create_rule
-from .features import ENGINES, Features, choose_engine, image_batches, torch_threads
-from .heads import MODEL, Model, create_head, head_name, head_settings
+from .images.engines import ENGINES, choose_engine, image_batches, torch_threads
+from .images.features import Features
+from .heads.model import MODEL, Model, head_name, head_settings
+from .heads.contract import create_head
 from .metrics import accuracy, negative_log_likelihood
 from .taxonomy import Taxonomy, TaxonomyError, clean_name, escape_name, unescape_name, utf8_name
 from .training import load_run, split_tensors

@@ -14,16 +14,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from .arithmetic import subtree_sums
 from .checks import check_targets
-from hiermetric.core import (
-    FolderKind,
-    HiermetricError,
-    atomic_path,
-    choice,
-    claim_folder,
-    row_chunks,
-    versions,
-    whole_number,
-)
+from .files import FolderKind, atomic_path, claim_folder
+from .core import HiermetricError, choice, row_chunks, versions, whole_number
 from .geometry import DISTANCES, unit
 from .taxonomy import Taxonomy
 

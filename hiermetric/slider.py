@@ -109,7 +109,7 @@ def _json(x: Any) -> str:
 
 def _thumbnail(path: str | Path, side: int = 140) -> str:  # a data: address
     from PIL import Image
-    from hiermetric.backbones import read_image
+    from hiermetric.images.pictures import read_image
 
     im, out = Image.fromarray(read_image(path, notes=[]).expand(3, -1, -1).permute(1, 2, 0).numpy()), io.BytesIO()
     im.thumbnail((side, side))

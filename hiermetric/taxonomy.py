@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastcore.basics import patch
-from .core import HiermetricError, atomic_path, choice, did_you_mean, fingerprint, nearby_folders
+from .core import HiermetricError, choice, did_you_mean, fingerprint, nearby_folders
+from .files import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd, torch

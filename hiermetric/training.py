@@ -17,25 +17,22 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as VF
 from . import core
 from .arithmetic import leaf_distribution
-from .augment import create_augment, create_mix, create_sampler, image_seeds, mixed_loss, tta_views
-from .backbones import Transform, image_size, stages
+from .images.augment import create_augment, create_mix, mixed_loss, tta_views
+from .images.sampling import create_sampler
+from .images.operations import image_seeds
+from .images.backbones import Transform
+from .images.pictures import image_size
+from .images.encoder import stages
 from .checks import check_numbers
-from hiermetric.core import (
-    HiermetricError,
-    Registry,
-    atomic_path,
-    cache_dir,
-    choice,
-    machine,
-    progress_bar,
-    settle,
-    versions,
-    workplace,
-)
-from .datasets import ImageTable
-from .encoder import Encoder
-from .features import Features, FileContents, cache_lock, image_batches
-from .heads import EmbeddingNet, Head, Model, create_head, head_trait, power_normalise
+from .core import HiermetricError, Registry, cache_dir, choice, machine, progress_bar, versions
+from .files import atomic_path, settle, workplace
+from .images.table import ImageTable
+from .images.encoder import Encoder
+from .images.features import Features, cache_lock
+from .images.folders import FileContents
+from .images.engines import image_batches
+from .heads.model import EmbeddingNet, Model, power_normalise
+from .heads.contract import Head, create_head, head_trait
 from .metrics import mistake_height, negative_log_likelihood
 from .taxonomy import Taxonomy
 

@@ -23,9 +23,9 @@ from hiermetric.arithmetic import (
 from .checks import check_targets
 from .core import HiermetricError, Registry, row_chunks, whole_number
 from .decisions import TemperatureScaling, check_same_tree, plain_values
-from .features import Features
+from .images.features import Features
 from .geometry import unit
-from .heads import Model
+from .heads.model import Model
 from .metrics import mistake_height
 from .taxonomy import Taxonomy
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from .core import HiermetricError, atomic_path
+from .core import HiermetricError
+from .files import atomic_path
 from .taxonomy import LabelGraph, Taxonomy
 
 # %% auto #0

@@ -3,17 +3,18 @@ tree that it was given"""
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from hiermetric.aam import ArcFace
+from hiermetric.heads.aam import ArcFace
 from hiermetric.core import HiermetricError
-from hiermetric.hbce import HBCELoss, edge_weights
-from hiermetric.heads import HEADS, Classifier, EmbeddingNet, Head, Model, create_head, prototypes
+from hiermetric.heads.hbce import HBCELoss, edge_weights
+from hiermetric.heads.contract import HEADS, Classifier, Head, create_head, prototypes
+from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.multitask import MultiTask
 from hiermetric.pairs import create_loss
-from hiermetric.sphere import NodeHead
+from hiermetric.heads.node_head import NodeHead
 from hiermetric.arithmetic import path_targets
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, predict
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 from hiermetric.unseen import model_outputs
 
 pytestmark = pytest.mark.usefixtures('one_thread')

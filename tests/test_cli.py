@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 from hiermetric.cli import app
 from hiermetric.core import HiermetricError
-from hiermetric.features import Features
+from hiermetric.images.features import Features
 from hiermetric.taxonomy import Taxonomy
 
 CLASSES = {'ant': 'insect/walker', 'bug': 'insect/walker', 'bee': 'insect/flyer', 'crow': 'bird', 'dove': 'bird'}

@@ -12,7 +12,7 @@ from hiermetric.config import DataConfig, TrainConfig, as_kind, check_settings, 
 from hiermetric.core import HiermetricError
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import defaults, fit, load_run
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 
 CONFIGS = sorted((Path(__file__).parent.parent / 'nbs' / 'configs').glob('*.yaml'))
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 from hiermetric.core import HiermetricError
-from hiermetric.heads import list_heads
+from hiermetric.heads.contract import list_heads
 from hiermetric.experiment import (
     Variant,
     bootstrap,
@@ -22,7 +22,7 @@ from hiermetric.experiment import (
 )
 from hiermetric.metrics import per_sample, summarise
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 
 LINEAGES = {f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xyz' for s in '123'}
 TAX = Taxonomy.from_paths(LINEAGES)

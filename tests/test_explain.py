@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.cluster.hierarchy import cophenet, linkage
 from torch import nn
-from hiermetric.backbones import Backbone, Transform, create_backbone
+from hiermetric.images.backbones import Backbone, Transform, create_backbone
 from hiermetric.core import HiermetricError
 from hiermetric.explain import (
     METHODS,
@@ -28,8 +28,9 @@ from hiermetric.explain import (
     umap_layout,
 )
 from hiermetric.ranks import lift
-from hiermetric.heads import Classifier, EmbeddingNet, Model, create_head
-from hiermetric.encoder import Encoder
+from hiermetric.heads.contract import Classifier, create_head
+from hiermetric.heads.model import EmbeddingNet, Model
+from hiermetric.images.encoder import Encoder
 from hiermetric.retrieval import neighbours
 from hiermetric.taxonomy import Taxonomy
 
@@ -453,7 +454,7 @@ def test_prototypes():
 
 
 def test_features_find_their_backbone():
-    from hiermetric.features import Features
+    from hiermetric.images.features import Features
 
     model = Model(EmbeddingNet(1280, 8), Classifier(8, TAX)).eval()
     b = create_backbone(pretrained=True, size=64, fit='pad', fill=(255, 255, 255))

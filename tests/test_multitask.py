@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from hiermetric.aam import CombinedMargin
+from hiermetric.heads.aam import CombinedMargin
 from hiermetric.geometry import unit
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import Rule, create_rule
-from hiermetric.datasets import ImageTable
-from hiermetric.features import Features
-from hiermetric.heads import Model, create_head
+from hiermetric.images.table import ImageTable
+from hiermetric.images.features import Features
+from hiermetric.heads.model import Model
+from hiermetric.heads.contract import create_head
 from hiermetric.multitask import (
     PartialMargin,
     join_modalities,
@@ -29,7 +30,7 @@ from hiermetric.multitask import (
 from hiermetric.retrieval import kmeans
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import embeddings, fit, predict
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 from hiermetric.unseen import known_ancestor
 
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})

@@ -4,7 +4,8 @@ import itertools, math
 import numpy as np, pytest, torch, torch.nn.functional as F
 from pytorch_metric_learning import losses as pml, miners as pmm, distances as pmd
 from hiermetric.core import HiermetricError
-from hiermetric.heads import EmbeddingNet, Model, create_head
+from hiermetric.heads.model import EmbeddingNet, Model
+from hiermetric.heads.contract import create_head
 from hypothesis import given, settings, strategies as st
 from hiermetric.pairs import (
     LOSSES,
@@ -21,7 +22,7 @@ from hiermetric.pairs import (
     reverse_gradient,
 )
 from hiermetric.training import embeddings, fit, predict
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 from hiermetric.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hiermetric.core import HiermetricError
-from hiermetric.features import extract
+from hiermetric.images.features import extract
 from hiermetric.predictor import (
     FORMATS,
     AnswerFile,
@@ -22,7 +22,7 @@ from hiermetric.predictor import (
 )
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, split_tensors
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 from toys import toy_backbone, toy_table
 
 pytestmark = pytest.mark.usefixtures('one_thread')

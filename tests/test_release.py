@@ -3,7 +3,7 @@
 from pathlib import Path
 import pytest
 from hiermetric.core import data_dir
-from hiermetric.datasets import load_dataset
+from hiermetric.images.named import load_dataset
 from hiermetric.predictor import Predictor
 
 FOLDER = Path(__file__).parent.parent / 'release' / 'plankton'

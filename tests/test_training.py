@@ -10,10 +10,11 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as VF
 import hiermetric.training as tr
 from hiermetric.core import HiermetricError
-from hiermetric.datasets import ImageTable
-from hiermetric.features import Features, extract
-from hiermetric.heads import HEADS, Classifier, EmbeddingNet, Model, create_head, power_normalise
-from hiermetric.encoder import Encoder
+from hiermetric.images.table import ImageTable
+from hiermetric.images.features import Features, extract
+from hiermetric.heads.contract import HEADS, Classifier, create_head
+from hiermetric.heads.model import EmbeddingNet, Model, power_normalise
+from hiermetric.images.encoder import Encoder
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import (
     ImageSource,
@@ -29,8 +30,9 @@ from hiermetric.training import (
     predict,
     warmup_cosine,
 )
-from hiermetric.backbones import image_size, stages
-from hiermetric.features import toy_features
+from hiermetric.images.pictures import image_size
+from hiermetric.images.encoder import stages
+from hiermetric.images.features import toy_features
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 LINEAGES = {f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xyz' for s in '123'}
@@ -1106,7 +1108,7 @@ def test_unfreezing_what_was_never_frozen(pictures):
 
 
 def test_samplers_and_mixes_of_the_augmentation(pictures):
-    from hiermetric.augment import create_augment, create_mix
+    from hiermetric.images.augment import create_augment, create_mix
 
     run = fit(
         pictures, **{**IMAGES, 'augment': 'plankton', 'epochs': 2}, mix='mixup', sampler='balanced', clip_norm=1.0

@@ -6,8 +6,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import norm
 from hiermetric.core import HiermetricError
 from hiermetric.decisions import create_rule
-from hiermetric.features import Features
-from hiermetric.heads import EmbeddingNet, Model, create_head
+from hiermetric.images.features import Features
+from hiermetric.heads.model import EmbeddingNet, Model
+from hiermetric.heads.contract import create_head
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.unseen import (
     DETECTORS,

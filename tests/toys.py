@@ -55,6 +55,6 @@ def toy_table(folder, n=48, size=40, name='toy', fill='white'):
 
 
 def toy_backbone(size=32):
-    from hiermetric.backbones import create_backbone
+    from hiermetric.images.backbones import create_backbone
 
     return create_backbone('timm:resnet10t', pretrained=False, size=size, fit='pad', fill='white')

@@ -16,7 +16,7 @@ def picture(path, seed=0, size=36):
 
 def tiny_predictor(folder, tax, classes, **kw):
     "Trained on noise, for a tree and some of its leaves"
-    from hiermetric.features import extract
+    from hiermetric.images.features import extract
     from hiermetric.predictor import Predictor
     from hiermetric.training import fit
 

@@ -2,11 +2,12 @@
 
 import os, signal, time
 import pytest
-from hiermetric.core import HiermetricError, alone, workplace
+from hiermetric.core import HiermetricError
+from hiermetric.files import alone, workplace
 from hiermetric.experiment import compare
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),

@@ -4,8 +4,9 @@ tensors, and nothing at all."""
 import copy, itertools
 import numpy as np, pytest, torch
 from hiermetric.core import HiermetricError
-from hiermetric.heads import HEADS, EmbeddingNet, Model, create_head, head_trait
-from hiermetric.encoder import Encoder
+from hiermetric.heads.contract import HEADS, create_head, head_trait
+from hiermetric.heads.model import EmbeddingNet, Model
+from hiermetric.images.encoder import Encoder
 from hiermetric.pairs import LOSSES, MINERS
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import embeddings, predict

@@ -5,11 +5,11 @@ import os, shutil, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-import hiermetric.features as hf
-from hiermetric.backbones import Transform
+import hiermetric.images.engines as he, hiermetric.images.features as hf, hiermetric.images.folders as ho
+from hiermetric.images.backbones import Transform
 from hiermetric.core import HiermetricError
-from hiermetric.datasets import ImageTable
-from hiermetric.features import extract
+from hiermetric.images.table import ImageTable
+from hiermetric.images.features import extract
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import decode_split
 from toys import toy_backbone
@@ -54,16 +54,17 @@ def table_in(folder, kind='bmp', n=12):
 def settled(monkeypatch):
     "As if every file had been written long ago: stamps that are not too young to be trusted"
     now = time.time_ns
-    monkeypatch.setattr(hf.time, 'time_ns', lambda: now() + 10**11)
+    monkeypatch.setattr(ho.time, 'time_ns', lambda: now() + 10**11)
 
 
 @pytest.fixture
 def reads(monkeypatch):
     "Files whose contents are hashed, and images that are decoded"
     seen = {'hashed': [], 'decoded': []}
-    digest, decode = hf._digest, hf._decode
-    monkeypatch.setattr(hf, '_digest', lambda p: (seen['hashed'].append(p), digest(p))[1])
-    monkeypatch.setattr(hf, '_decode', lambda p, *a: (seen['decoded'].append(p), decode(p, *a))[1])
+    digest, decode = ho._digest, he.decode_picture
+    monkeypatch.setattr(ho, '_digest', lambda p: (seen['hashed'].append(p), digest(p))[1])
+    for o in (he, hf):
+        monkeypatch.setattr(o, 'decode_picture', lambda p, *a: (seen['decoded'].append(p), decode(p, *a))[1])
     return seen
 
 
@@ -90,14 +91,14 @@ def test_replaced_at_once_is_seen_too(tmp_path, backbone):
     table = table_in(tmp_path / 'img')
     first = extract(table, backbone, cache=tmp_path / 'c', **KW)
     p = Path(table.samples['path'][0])
-    stamp = hf._stamp(str(p))
+    stamp = ho._stamp(str(p))
     draw(p, 99)
-    real = hf._stamp
-    hf._stamp = lambda o: stamp if o == str(p) else real(o)
+    real = ho._stamp
+    ho._stamp = lambda o: stamp if o == str(p) else real(o)
     try:
         assert extract(table, backbone, cache=tmp_path / 'c', **KW).meta['key'] != first.meta['key']
     finally:
-        hf._stamp = real
+        ho._stamp = real
 
 
 def test_what_was_read_before_keeps_its_numbers(tmp_path, backbone):
@@ -167,11 +168,11 @@ def test_the_second_half_notices_a_change_since_the_first(tmp_path, backbone, mo
             raise Cut
         return decode(*a)
 
-    decode = hf._decode
-    monkeypatch.setattr(hf, '_decode', stop)
+    decode = he.decode_picture
+    monkeypatch.setattr(he, 'decode_picture', stop)
     with pytest.raises(Cut):
         extract(table, backbone, cache=tmp_path / 'c', **KW | dict(batch_size=1))
-    monkeypatch.setattr(hf, '_decode', decode)
+    monkeypatch.setattr(he, 'decode_picture', decode)
     assert 0 < place(next((tmp_path / 'c').glob('toy-*/progress.json')).parent)['done'] < 12
     draw(table.samples['path'][row], 99)
     assert np.array_equal(
@@ -182,23 +183,23 @@ def test_the_second_half_notices_a_change_since_the_first(tmp_path, backbone, mo
 
 def test_a_change_while_features_are_made_stops_the_work(tmp_path, backbone, monkeypatch):
     table = table_in(tmp_path / 'img')
-    p, decode = table.samples['path'][6], hf._decode
+    p, decode = table.samples['path'][6], he.decode_picture
 
     def meddle(path, *a):
         if path == p:
             draw(p, 99)
         return decode(path, *a)
 
-    monkeypatch.setattr(hf, '_decode', meddle)
+    monkeypatch.setattr(he, 'decode_picture', meddle)
     with pytest.raises(HiermetricError, match=r'06\.bmp was changed while it was being used; run again'):
         extract(table, backbone, cache=tmp_path / 'c', **KW)
-    monkeypatch.setattr(hf, '_decode', decode)
+    monkeypatch.setattr(he, 'decode_picture', decode)
     assert np.array_equal(
         extract(table, backbone, cache=tmp_path / 'c', **KW).x,
         extract(table, backbone, cache=tmp_path / 'fresh', **KW).x,
     )
     draw(p, 6)
-    monkeypatch.setattr(hf, '_decode', lambda path, *a: (os.utime(path), decode(path, *a))[1])
+    monkeypatch.setattr(he, 'decode_picture', lambda path, *a: (os.utime(path), decode(path, *a))[1])
     assert len(extract(table, backbone, cache=tmp_path / 'touched', **KW)) == 12  # only its date
 
 

@@ -5,9 +5,10 @@ import functools, gzip, hashlib, http.server, io, os, re, tarfile, threading, zi
 from pathlib import Path
 import numpy as np
 import pytest
-import hiermetric.core as core
-from hiermetric.core import HiermetricError, download, unpack
-from hiermetric.datasets import DATASETS, list_datasets
+import hiermetric.downloads as hd
+from hiermetric.core import HiermetricError
+from hiermetric.downloads import download, unpack
+from hiermetric.images.named import DATASETS, list_datasets
 
 BODY = np.random.default_rng(0).bytes(200_000)
 SUM = f'sha256:{hashlib.sha256(BODY).hexdigest()}'
@@ -87,7 +88,7 @@ def serve():
 def places(tmp_path, monkeypatch):
     monkeypatch.setenv('HIERMETRIC_CACHE', str(tmp_path / 'cache'))
     naps = []
-    monkeypatch.setattr(core.time, 'sleep', naps.append)
+    monkeypatch.setattr(hd.time, 'sleep', naps.append)
     return naps
 
 
@@ -227,7 +228,7 @@ def test_eight_at_once_fetch_it_once(serve, tmp_path):
 
 
 def test_every_data_set_has_a_checksum_or_says_that_there_is_none():
-    import hiermetric.datasets as D
+    import hiermetric.images.named as D
 
     sources = {'tiny-imagenet': D.TINY_IMAGENET, 'planktonset': D.PLANKTONSET, 'cifar-100': D.CIFAR_100}
     assert {*sources, 'synthetic-taxa'} == set(DATASETS)
@@ -360,12 +361,12 @@ def test_what_an_archive_may_not_hold_is_a_sentence(tmp_path, make, says):
 def test_a_bomb_is_refused_before_it_goes_off(tmp_path, monkeypatch):
     made = zipped(tmp_path / 'x.zip', *[(f'{i}', bytes(2**20)) for i in range(5)])
     tar = tarred(tmp_path / 'x.tar.gz', *[(f'{i}', bytes(2**20)) for i in range(5)])
-    monkeypatch.setattr(core, '_LEAST', 2**18)
+    monkeypatch.setattr(hd, '_LEAST', 2**18)
     for o in (made, tar):
         with pytest.raises(HiermetricError, match='would unpack to more than'):
             unpack(o, tmp_path / 'out')
         assert unpack(o, tmp_path / f'{o.name}-out', most=5000).is_dir()
-    monkeypatch.setattr(core.shutil, 'disk_usage', lambda p: type('', (), dict(free=2**21)))
+    monkeypatch.setattr(hd.shutil, 'disk_usage', lambda p: type('', (), dict(free=2**21)))
     with pytest.raises(HiermetricError, match='left on that disk'):
         unpack(made, tmp_path / 'out', most=5000)
     assert not (tmp_path / 'out').exists()

@@ -5,12 +5,12 @@ import json, os, shutil
 import numpy as np
 import pytest, torch
 from hiermetric.core import HiermetricError
-from hiermetric.features import Features
+from hiermetric.images.features import Features
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, load_run
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
 TREE = Taxonomy.from_paths([('an', 'mam', 'cat'), ('an', 'mam', 'dog'), ('an', 'bird', 'owl'), ('pl', 'eud', 'oak')])
@@ -250,7 +250,7 @@ def test_weights_that_are_one_tensor_are_saved(tmp_path):
 
 
 def test_every_head_comes_back_with_its_fingerprint(tmp_path):
-    from hiermetric.heads import HEADS
+    from hiermetric.heads.contract import HEADS
 
     for head in HEADS:
         p = Predictor.from_model(fit(TOY, head, epochs=1, embed_dim=8, device='cpu').model, TOY)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest, torch
 from hiermetric.core import HiermetricError
 from hiermetric.experiment import compare
-from hiermetric.heads import Model
+from hiermetric.heads.model import Model
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index, unseen_protocol
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -194,7 +194,7 @@ def test_a_folder_whose_parent_may_not_be_written(kind, tmp_path, monkeypatch):
 
 
 def test_a_device_is_no_file():
-    from hiermetric.core import atomic_path
+    from hiermetric.files import atomic_path
 
     with pytest.raises(HiermetricError, match='device or a pipe'):
         with atomic_path(os.devnull) as tmp:

@@ -5,14 +5,15 @@ import os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
-from hiermetric.core import atomic_path, settle, sweep, unpack
-from hiermetric.features import Features
-from hiermetric.heads import Model
+from hiermetric.files import atomic_path, settle, sweep
+from hiermetric.downloads import unpack
+from hiermetric.images.features import Features
+from hiermetric.heads.model import Model
 from hiermetric.predictor import Predictor
 from hiermetric.retrieval import Index
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import fit, load_run
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked here'),

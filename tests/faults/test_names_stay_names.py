@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from answering import picture, predicts, tiny_predictor
 from hiermetric.cli import app
 from hiermetric.core import HiermetricError
-from hiermetric.datasets import load_dataset, read_taxonomy
+from hiermetric.images.named import load_dataset
+from hiermetric.images.folders import read_taxonomy
 from hiermetric.decisions import create_rule
 from hiermetric.predictor import FORMATS, Question, Scope, listed_leaves
 from hiermetric.taxonomy import LabelGraph, Taxonomy, TaxonomyError, TaxonomyWarning

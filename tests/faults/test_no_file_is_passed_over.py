@@ -4,8 +4,9 @@ import os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from hiermetric.datasets import IMAGE_TYPES, find_images, folder_dataset, load_dataset
-from hiermetric.features import extract
+from hiermetric.images.folders import IMAGE_TYPES, find_images, folder_dataset
+from hiermetric.images.named import load_dataset
+from hiermetric.images.features import extract
 from toys import message, touch, toy_backbone
 
 
@@ -97,7 +98,7 @@ def test_jfif_and_heic_are_images(tmp_path):
 def test_without_its_library_heic_is_named_with_how_to_get_it(tmp_path):
     touch(tmp_path / 'd', 'bee/1.jpg', 'bee/2.heic', 'bee/3.HEIF', 'bee/4.jp2')
     code = (
-        "import sys; sys.modules['pillow_heif'] = None\nfrom hiermetric.datasets import folder_dataset\n"
+        "import sys; sys.modules['pillow_heif'] = None\nfrom hiermetric.images.folders import folder_dataset\n"
         "print(*folder_dataset(sys.argv[1]).notes, sep='\\n')"
     )
     run = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'd')], capture_output=True, text=True)

@@ -21,11 +21,12 @@ from hiermetric.explain import (
     prototype_linkage,
     umap_layout,
 )
-from hiermetric.heads import EmbeddingNet, Model, create_head
+from hiermetric.heads.model import EmbeddingNet, Model
+from hiermetric.heads.contract import create_head
 from hiermetric.metrics import calibration_bins, evaluate, expected_calibration_error
 from hiermetric.arithmetic import leaf_distribution
 from hiermetric.arithmetic import leaf_counts
-from hiermetric.paths import semantic_vectors
+from hiermetric.heads.paths import semantic_vectors
 from hiermetric.retrieval import nmi
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.unseen import (

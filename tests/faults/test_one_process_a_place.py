@@ -4,7 +4,8 @@ import os, random, subprocess, sys, time
 from pathlib import Path
 import pytest
 from answering import picture, predicts, tiny_predictor
-from hiermetric.core import HiermetricError, alone
+from hiermetric.core import HiermetricError
+from hiermetric.files import alone
 from hiermetric.predictor import FORMATS
 from hiermetric.taxonomy import Taxonomy
 

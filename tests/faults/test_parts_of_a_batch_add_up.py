@@ -5,11 +5,12 @@ import inspect
 from dataclasses import replace
 import numpy as np, pytest, torch
 from hiermetric.core import HiermetricError
-from hiermetric.heads import HEADS, EmbeddingNet, Model, create_head, head_trait, inverse_frequency
+from hiermetric.heads.contract import HEADS, create_head, head_trait, inverse_frequency
+from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.pairs import LOSSES
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import FeatureSource, Trainer, defaults, make_accelerator
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 
 TAX = Taxonomy.from_paths(
     {'a': 'X/x', 'b': 'X/x', 'c': 'X/y', 'd': 'Y/z/zz', 'e': 'Y/w', 'f': 'Y/w'}
@@ -165,7 +166,7 @@ def test_a_split_smaller_than_the_batch_is_one_batch():
 
 
 def test_an_own_head_is_refused_until_it_says_what_its_images_weigh(monkeypatch):
-    from hiermetric.heads import Classifier, Head
+    from hiermetric.heads.contract import Classifier, Head
 
     class Own(Classifier):
         def sample_weights(self, targets):

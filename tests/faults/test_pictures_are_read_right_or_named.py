@@ -4,10 +4,11 @@ import io, os, re, socket, struct, subprocess, sys, threading, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 import imageio.v3, numpy as np, pytest, tifffile, torch
 from PIL import EpsImagePlugin, Image, ImageOps
-from hiermetric.backbones import PictureWarning, Transform, read_bands, read_image
+from hiermetric.images.pictures import PictureWarning, read_bands, read_image
+from hiermetric.images.backbones import Transform
 from hiermetric.core import HiermetricError
-from hiermetric.features import extract
-from hiermetric.backbones import image_size
+from hiermetric.images.features import extract
+from hiermetric.images.pictures import image_size
 from toys import toy_backbone, toy_table
 
 FORMATS = ['PNG', 'JPEG', 'TIFF', 'GIF', 'WEBP', 'BMP', 'PPM']
@@ -62,9 +63,8 @@ import io, sys, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from hiermetric.backbones import read_image
+from hiermetric.images.pictures import image_size, read_image
 from hiermetric.core import HiermetricError
-from hiermetric.training import image_size
 folder, n, formats = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 warnings.simplefilter('always')
 rng = np.random.default_rng(0); exif = Image.Exif(); exif[0x112] = 6
@@ -450,7 +450,7 @@ def test_heic_is_read_where_its_library_is(tmp_path):
         and np.abs(x.permute(1, 2, 0).numpy().astype(int) - np.asarray(smooth)).mean() < 4
     )
     code = (
-        "import sys; sys.modules['pillow_heif'] = None\nfrom hiermetric.backbones import read_image\n"
+        "import sys; sys.modules['pillow_heif'] = None\nfrom hiermetric.images.pictures import read_image\n"
         "read_image(sys.argv[1])"
     )
     assert (

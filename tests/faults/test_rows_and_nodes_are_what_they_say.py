@@ -6,8 +6,9 @@ from hiermetric.core import HiermetricError
 from hiermetric.decisions import create_rule
 from hiermetric.ranks import lift
 from hiermetric.explain import plot_neighbours, toward_node
-from hiermetric.features import Features
-from hiermetric.heads import EmbeddingNet, create_head
+from hiermetric.images.features import Features
+from hiermetric.heads.model import EmbeddingNet
+from hiermetric.heads.contract import create_head
 from hiermetric.metrics import evaluate
 from hiermetric.arithmetic import leaf_counts
 from hiermetric.retrieval import (

@@ -6,15 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from typer.testing import CliRunner
-from hiermetric.augment import AUGMENTS, MIXES, SAMPLERS
+from hiermetric.images.augment import AUGMENTS, MIXES
+from hiermetric.images.sampling import SAMPLERS
 from hiermetric.cli import app
 from hiermetric.config import TrainConfig
 from hiermetric.core import HiermetricError
-from hiermetric.heads import HEADS
+from hiermetric.heads.contract import HEADS
 from hiermetric.pairs import LOSSES, MINERS
 from hiermetric.taxonomy import Taxonomy
 from hiermetric.training import LIMITS, SCHEDULES, Trainer, fit
-from hiermetric.features import toy_features
+from hiermetric.images.features import toy_features
 
 TAX = Taxonomy.from_paths({'a': 'X/x', 'b': 'X/x', 'c': 'X/y', 'd': 'Y/z/zz', 'e': 'Y/w', 'f': 'Y/w'})
 TOY = toy_features(TAX, per_leaf=10, dim=12)
@@ -177,7 +178,7 @@ def test_nonsense_in_every_setting_of_a_schedule_or_sampler(what, name, key):
 
 @pytest.mark.parametrize('name,key', every(AUGMENTS) + every(MIXES))
 def test_nonsense_in_every_setting_of_an_augmentation_or_mix(name, key):
-    from hiermetric.augment import create_augment, create_mix
+    from hiermetric.images.augment import create_augment, create_mix
 
     def make(v):
         what = 'augment' if name in AUGMENTS else 'mix'
@@ -235,7 +236,7 @@ def test_numbers_and_arrays_of_numpy_are_welcome():
 
 
 def test_a_head_of_ones_own_may_have_types_that_nobody_can_read(monkeypatch):
-    from hiermetric.heads import Classifier
+    from hiermetric.heads.contract import Classifier
 
     class Own(Classifier):
         def __init__(self, in_features, taxonomy, a=1):

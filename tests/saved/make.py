@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from hiermetric.predictor import Predictor
 from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, split_tensors, toy_features
+from hiermetric.training import fit, split_tensors
+from hiermetric.images.features import toy_features
 
 here = Path(__file__).parent
 tree = Taxonomy.from_paths({f'{k}{i}{j}': f'{k}/{k}{i}' for k in 'ab' for i in range(2) for j in range(2)}, root='life')
