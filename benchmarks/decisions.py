@@ -12,9 +12,9 @@ import argparse, csv, os, statistics, time
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
-from hiermetric.decisions import create_rule, list_rules
-from hiermetric.checks import check_node_probs
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.judging.rules import create_rule, list_rules
+from hiermetric.trees.checks import check_node_probs
+from hiermetric.trees.taxonomy import Taxonomy
 
 
 def timed(f, repeats: int) -> tuple[float, float]:  # median milliseconds on the wall clock, of processor time

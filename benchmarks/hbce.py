@@ -19,7 +19,7 @@ from pathlib import Path
 def tree(n: int):
     "A random tree whose height grows like the logarithm of its size"
     import numpy as np
-    from hiermetric.taxonomy import Taxonomy
+    from hiermetric.trees.taxonomy import Taxonomy
 
     rng = np.random.default_rng(0)
     return Taxonomy.from_parents(

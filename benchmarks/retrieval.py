@@ -43,8 +43,9 @@ def one(way: str, n: int, dim: int, classes: int, threads: int) -> dict:
     x, y = data(n, dim, classes)
     x = torch.from_numpy(x)
     if way == 'hiermetric':
-        from hiermetric.retrieval import evaluate_retrieval, neighbours
-        from hiermetric.taxonomy import Taxonomy
+        from hiermetric.similarity.scores import evaluate_retrieval
+        from hiermetric.similarity.search import neighbours
+        from hiermetric.trees.taxonomy import Taxonomy
 
         tax = Taxonomy.from_paths({f'c{i:04}': '' for i in range(classes)})
         y = tax.leaves[y].astype(np.int64)

@@ -8,7 +8,7 @@ import sys
 import numpy as np, torch
 from hiermetric.images.named import load_dataset
 from hiermetric.images.features import extract
-from hiermetric.training import fit
+from hiermetric.running.fitting import fit
 
 for fauna in map(int, sys.argv[1:] or ['0']):
     table = load_dataset('synthetic-taxa', seed=fauna)

@@ -38,7 +38,7 @@ def timed(
 def build(n: int, path: Path) -> dict:
     "A random recursive tree, each node under a uniformly drawn earlier one, from a dictionary of strings"
     import numpy as np
-    from hiermetric.taxonomy import Taxonomy
+    from hiermetric.trees.taxonomy import Taxonomy
 
     above = (np.random.default_rng(0).random(n) * np.arange(n)).astype(int)
     parents = {f'taxon {i}': f'taxon {above[i]}' if i else None for i in range(n)}
@@ -60,7 +60,7 @@ def build(n: int, path: Path) -> dict:
 def ask(n: int, path: Path) -> dict:
     "Load that tree and ask it"
     import numpy as np
-    from hiermetric.taxonomy import Taxonomy
+    from hiermetric.trees.taxonomy import Taxonomy
 
     got, rng = {}, np.random.default_rng(1)
     wall, cpu = timed(lambda: got.update(tax=Taxonomy.load(path)))

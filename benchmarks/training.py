@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.heads.contract import create_head
 from hiermetric.images.encoder import Encoder
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import create_optimizer, kept_memory, make_accelerator, parameter_groups
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.schedules import create_optimizer, parameter_groups
+from hiermetric.running.inference import kept_memory, make_accelerator
 
 
 def typical(f, device: torch.device, seconds: float) -> float:

@@ -8,14 +8,15 @@ from hiermetric.core import HiermetricError
 from hiermetric.heads.hbce import HBCELoss, edge_weights
 from hiermetric.heads.contract import HEADS, Classifier, Head, create_head, prototypes
 from hiermetric.heads.model import EmbeddingNet, Model
-from hiermetric.multitask import MultiTask
-from hiermetric.pairs import create_loss
+from hiermetric.similarity.multitask import MultiTask
+from hiermetric.similarity.losses import create_loss
 from hiermetric.heads.node_head import NodeHead
-from hiermetric.arithmetic import path_targets
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, predict
+from hiermetric.trees.arithmetic import path_targets
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.fitting import fit
+from hiermetric.running.inference import predict
 from hiermetric.images.features import toy_features
-from hiermetric.unseen import model_outputs
+from hiermetric.judging.known import model_outputs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hiermetric.core import data_dir
 from hiermetric.images.named import load_dataset
-from hiermetric.predictor import Predictor
+from hiermetric.running.predictor import Predictor
 
 FOLDER = Path(__file__).parent.parent / 'release' / 'plankton'
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from hiermetric.core import HiermetricError
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 
 class Table(SimpleNamespace):

@@ -9,9 +9,9 @@ import torch, torch.nn.functional as F
 from collections.abc import Sequence
 from torch import Tensor
 from ..core import HiermetricError, choice
-from ..geometry import sine, unit
+from ..trees.geometry import sine, unit
 from .contract import LeafHead, prototypes
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['TAILS', 'add_margin', 'combined_margin', 'CosineHead', 'ArcFace', 'SubCenterArcFace', 'CombinedMargin', 'cosface']

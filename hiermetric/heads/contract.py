@@ -8,9 +8,9 @@ import numpy as np, torch, torch.nn.functional as F
 from collections.abc import Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
-from ..checks import check_embeddings, check_node_ids
+from ..trees.checks import check_embeddings, check_node_ids
 from ..core import HiermetricError, Registry, choice, whole_number
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['INITS', 'HEADS', 'TrainingHooks', 'Head', 'prototypes', 'subtree_nll', 'label_nll', 'inverse_frequency', 'LeafHead',
@@ -348,19 +348,19 @@ HEADS = Registry(
         'hiermetric.heads.ensemble.Committee',
         'softmax, ArcFace, Gaussians and kernel side by side, probabilities mixed',
     ),
-    metric=('hiermetric.pairs.MetricHead', 'a loss on pairs or proxies, by name; leaves by their class means'),
+    metric=('hiermetric.similarity.metric_head.MetricHead', 'a loss on pairs or proxies, by name; leaves by their class means'),
     diva=(
-        'hiermetric.multitask.DiVA',
+        'hiermetric.similarity.diva.DiVA',
         'four embeddings: for classes, across classes, inside classes, of single images',
     ),
     divide_conquer=(
-        'hiermetric.multitask.DivideConquer',
+        'hiermetric.similarity.learners.DivideConquer',
         'an embedding for each cluster of the images, clustered again as it learns',
     ),
-    bier=('hiermetric.multitask.BIER', 'boosted embeddings of rising size, each for what those before it got wrong'),
-    sndl=('hiermetric.multitask.SNDL', 'one embedding: neighbours in a memory of all images, and a classifier'),
+    bier=('hiermetric.similarity.learners.BIER', 'boosted embeddings of rising size, each for what those before it got wrong'),
+    sndl=('hiermetric.similarity.learners.SNDL', 'one embedding: neighbours in a memory of all images, and a classifier'),
     partial_margin=(
-        'hiermetric.multitask.PartialMargin',
+        'hiermetric.similarity.clusters.PartialMargin',
         'combined margin over a random share of the classes, for very many of them',
     ),
 )

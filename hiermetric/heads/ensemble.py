@@ -8,12 +8,12 @@ import torch, torch.nn.functional as F
 from collections.abc import Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
-from ..arithmetic import tree_means
+from ..trees.arithmetic import tree_means
 from ..core import HiermetricError
-from ..geometry import unit
+from ..trees.geometry import unit
 from .contract import LeafHead, create_head, head_trait, subtree_nll
 from .model import EmbeddingNet
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['default_members', 'TreeGaussian', 'KernelRidge', 'Committee', 'opinion_pool']

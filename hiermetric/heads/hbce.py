@@ -11,13 +11,13 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
-from ..arithmetic import closure, path_targets
-from ..checks import check_node_ids
+from ..trees.arithmetic import closure, path_targets
+from ..trees.checks import check_node_ids
 from ..core import HiermetricError, choice
 from .criteria import bce
 from .node_head import resolve_node_weights, without_chains
 from .sphere import SphereMulti
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['PENALTIES', 'DISTANCE_PENALTIES', 'CELLS', 'edge_weights', 'HBCELoss', 'max_constraint_loss', 'SphereMultiHier',

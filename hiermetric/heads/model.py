@@ -9,12 +9,12 @@ import numpy as np, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import Tensor, nn
 from fastcore.basics import patch
-from ..checks import check_numbers
+from ..trees.checks import check_numbers
 from ..files import FolderKind
 from ..core import HiermetricError, choice, whole_number
 from ..images.encoder import Encoder
 from .contract import HEADS, Head, create_head
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['EMBEDDINGS', 'MODEL', 'power_normalise', 'EmbeddingNet', 'Model', 'head_settings', 'head_name']

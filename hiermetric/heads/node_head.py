@@ -9,12 +9,12 @@ import numpy as np, torch, torch.nn.functional as F
 from collections.abc import Sequence
 from torch import Tensor
 from fastcore.basics import patch
-from ..arithmetic import closure, leaf_sums, path_sums, path_targets, sibling_log_softmax, subtree_sums
-from ..checks import check_node_ids
+from ..trees.arithmetic import closure, leaf_sums, path_sums, path_targets, sibling_log_softmax, subtree_sums
+from ..trees.checks import check_node_ids
 from ..core import HiermetricError, choice
 from .contract import Head
 from .criteria import create_criterion
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['VETO', 'LEAF_SCORES', 'DECODES', 'tree_prior', 'node_frequency', 'decode_nodes', 'NodeHead', 'without_chains',

@@ -9,11 +9,11 @@ import torch, torch.nn.functional as F
 from collections.abc import Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
-from ..arithmetic import group_logsumexp, leaf_counts, path_rings, root_path
-from ..checks import check_numbers
+from ..trees.arithmetic import group_logsumexp, leaf_counts, path_rings, root_path
+from ..trees.checks import check_numbers
 from ..core import HiermetricError
 from .contract import LeafHead, create_head, label_nll, subtree_nll
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['path_steps', 'Objective', 'StepObjective', 'HXE', 'HACE', 'ramp', 'SimpleHierarchy', 'leaf_costs', 'SoftLabels',

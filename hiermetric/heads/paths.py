@@ -9,13 +9,13 @@ import torch, torch.nn.functional as F
 from collections.abc import Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
-from ..arithmetic import group_logsumexp, leaf_sums, root_path, sibling_log_softmax
+from ..trees.arithmetic import group_logsumexp, leaf_sums, root_path, sibling_log_softmax
 from ..core import HiermetricError, choice, whole_number
-from ..geometry import unit
+from ..trees.geometry import unit
 from .aam import ArcFace
 from .contract import LeafHead, prototypes
 from .objectives import path_steps
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['JOINTS', 'ATTENTIONS', 'PathSoftmax', 'ConditionalSoftmax', 'ArcFaceMultiHead', 'HierarchicalAttention',

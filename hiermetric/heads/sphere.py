@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from fastcore.basics import patch
 from ..core import HiermetricError, choice
-from ..geometry import unit
+from ..trees.geometry import unit
 from .aam import TAILS, add_margin
 from .contract import prototypes
 from .node_head import NodeHead
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['MARGINS', 'BIASES', 'SCALES', 'SphereMulti', 'sphere_thesis']

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core import HiermetricError, Registry, did_you_mean
 from .operations import affine_maps, draws, erase, jitter_colour, resample, rim_colour
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['AUGMENTS', 'VIEWS', 'MIXES', 'Augment', 'natural', 'plankton', 'Plain', 'create_augment', 'Views', 'tta_views',

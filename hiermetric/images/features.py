@@ -25,7 +25,7 @@ from .engines import ENGINES, choose_engine, decode_picture, image_batches, torc
 from .folders import FileContents
 from .pictures import tell_notes
 from .table import ImageTable, SPLITS
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['FEATURES', 'Features', 'toy_features', 'extract']

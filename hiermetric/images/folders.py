@@ -21,7 +21,8 @@ from contextlib import suppress
 from ..core import HiermetricError, fingerprint, nearby_folders
 from ..files import atomic_path
 from .table import ImageTable, note_names
-from ..taxonomy import Taxonomy, utf8_name
+from ..trees.taxonomy import Taxonomy
+from ..trees.arrays import utf8_name
 
 # %% auto #0
 __all__ = ['IMAGE_TYPES', 'find_images', 'split_folders', 'read_taxonomy', 'folder_dataset', 'FileContents']

@@ -27,8 +27,8 @@ from ..downloads import download, unpack
 from ..files import atomic_path, in_turn, settle
 from .folders import find_images, folder_dataset, read_taxonomy
 from .table import ImageTable, complete_table, note_names
-from ..taxonomy import Taxonomy
-from ..wordnet import wordnet_names, wordnet_taxonomy
+from ..trees.taxonomy import Taxonomy
+from ..trees.wordnet import wordnet_names, wordnet_taxonomy
 
 # %% auto #0
 __all__ = ['TINY_IMAGENET', 'PLANKTONSET', 'CIFAR_100', 'DATASETS', 'Source', 'locate', 'tiny_imagenet', 'planktonset',

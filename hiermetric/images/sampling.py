@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from collections.abc import Callable
 from functools import partial
-from ..arithmetic import path_sums, subtree_sums
+from ..trees.arithmetic import path_sums, subtree_sums
 from ..core import HiermetricError, Registry
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'shuffle', 'power', 'balanced', 'tree', 'm_per_class', 'create_sampler']

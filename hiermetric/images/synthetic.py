@@ -21,7 +21,7 @@ from .pen import Dice, Genome, photograph
 from .segmented import beetle, bristle_worm, centipede, copepod, fly, shrimp, spider
 from .table import ImageTable
 from .unsegmented import cell_chain, ciliate, fish, medusa, scallop, sea_star, snail, turret, urchin
-from ..taxonomy import Taxonomy
+from ..trees.taxonomy import Taxonomy
 
 # %% auto #0
 __all__ = ['synthetic_taxa']

@@ -15,7 +15,8 @@ from functools import cached_property
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from ..core import HiermetricError, did_you_mean, fingerprint
-from ..taxonomy import Taxonomy, clean_name
+from ..trees.taxonomy import Taxonomy
+from ..trees.arrays import clean_name
 
 # %% auto #0
 __all__ = ['SPLITS', 'name_hash', 'split_counts', 'stratified_split', 'ImageTable', 'note_names', 'complete_table']

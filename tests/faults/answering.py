@@ -17,8 +17,8 @@ def picture(path, seed=0, size=36):
 def tiny_predictor(folder, tax, classes, **kw):
     "Trained on noise, for a tree and some of its leaves"
     from hiermetric.images.features import extract
-    from hiermetric.predictor import Predictor
-    from hiermetric.training import fit
+    from hiermetric.running.predictor import Predictor
+    from hiermetric.running.fitting import fit
 
     n, backbone = 8 * len(classes), toy_backbone()
     samples = pd.DataFrame(
@@ -44,10 +44,11 @@ def tiny_predictor(folder, tax, classes, **kw):
 
 def predicts(monkeypatch, predictor):
     "The command, which finds this predictor whatever the name of the model"
-    import hiermetric.predictor as m
-    from hiermetric.cli import app
+    import hiermetric.running.calibrated as m
+    import hiermetric.running.predictor as kept
+    from hiermetric.running.cli import app
 
-    monkeypatch.setattr(m.Predictor, 'from_pretrained', lambda *_, **__: predictor)
+    monkeypatch.setattr(kept.Predictor, 'from_pretrained', lambda *_, **__: predictor)
     monkeypatch.setattr(m, 'choose_engine', lambda name='auto': 'eager')
 
     def predict(*args, at='.', rule='argmax'):

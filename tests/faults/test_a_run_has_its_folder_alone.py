@@ -4,9 +4,9 @@ import os, signal, time
 import pytest
 from hiermetric.core import HiermetricError
 from hiermetric.files import alone, workplace
-from hiermetric.experiment import compare
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit
+from hiermetric.running.comparison import compare
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.fitting import fit
 from hiermetric.images.features import toy_features
 
 pytestmark = [

@@ -6,8 +6,9 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from answering import picture, predicts, tiny_predictor
 from hiermetric.core import HiermetricError
-from hiermetric.predictor import FORMATS, AnswerFile
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.running.formats import FORMATS
+from hiermetric.running.answers import AnswerFile
+from hiermetric.trees.taxonomy import Taxonomy
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -240,14 +241,14 @@ def test_a_changed_list_is_another_question(tmp_path, predict):
 @pytest.mark.parametrize('format', ['csv', 'ecotaxa', 'dwc'])
 @pytest.mark.parametrize('cell', ['=cmd|x', '+1', '-1', '@sum', '\t=1', '\r=1', '\n=1', "'=1", "''+1", "'plain", '＝1'])
 def test_no_spreadsheet_runs_a_cell(format, cell, tmp_path):
-    from hiermetric.predictor import _joined
+    from hiermetric.running.questions import join_path
 
     form = FORMATS[format]()
     table = told(
         [cell + '.png'],
         answer=cell,
         guess=cell,
-        path=_joined([cell]),
+        path=join_path([cell]),
         rank=cell,
         candidate_1=cell,
         candidate_1_probability=0.5,
@@ -275,11 +276,11 @@ anything = st.text(
 @settings(deadline=None, max_examples=40)
 @given(names=st.lists(anything, min_size=1, max_size=4))
 def test_any_text_comes_back(tmp_path_factory, name, names):
-    from hiermetric.predictor import _joined
+    from hiermetric.running.questions import join_path
 
     form, path = FORMATS[name](), tmp_path_factory.mktemp('t') / 't'
     table = told(
-        names, answer=names[-1], guess=names[0], path=_joined(names), candidate_1=names[-1], candidate_1_probability=0.5
+        names, answer=names[-1], guess=names[0], path=join_path(names), candidate_1=names[-1], candidate_1_probability=0.5
     )
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -399,7 +400,7 @@ def test_places_that_cannot_be_written(tmp_path, predict, monkeypatch):
 def test_what_a_library_was_refused_is_one_sentence(tmp_path, monkeypatch):
     from safetensors.torch import save_file
     from typer.testing import CliRunner
-    import hiermetric.cli as cli
+    import hiermetric.running.cli as cli
 
     for place, why in (
         ('gone/x', 'No such file or directory; look at the spelling.'),
@@ -412,7 +413,7 @@ def test_what_a_library_was_refused_is_one_sentence(tmp_path, monkeypatch):
 
 def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
     from typer.testing import CliRunner
-    from hiermetric.cli import app
+    from hiermetric.running.cli import app
 
     (tmp_path / 'cache').write_text('precious')
     monkeypatch.delenv('HIERMETRIC_DATA', raising=False)
@@ -433,7 +434,7 @@ def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
 def test_no_network(monkeypatch, predictor):
     import huggingface_hub
     from huggingface_hub.utils import _http
-    from hiermetric.predictor import Predictor
+    from hiermetric.running.predictor import Predictor
 
     library = getattr(_http, 'httpx2', None) or _http.httpx  # whose errors are no OSError
 
@@ -448,7 +449,7 @@ def test_no_network(monkeypatch, predictor):
         predictor.push_to_hub('me/it')
     with pytest.raises(HiermetricError, match='the Hugging Face hub does not give a model'):
         Predictor.from_pretrained('me/it')
-    import hiermetric.cli as cli
+    import hiermetric.running.cli as cli
     from typer.testing import CliRunner
 
     monkeypatch.setattr(cli, '_read_tree', gone)

@@ -7,9 +7,10 @@ from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import HEADS, create_head, head_trait
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.images.encoder import Encoder
-from hiermetric.pairs import LOSSES, MINERS
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import embeddings, predict
+from hiermetric.similarity.losses import LOSSES
+from hiermetric.similarity.miners import MINERS
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.inference import embeddings, predict
 
 TAX = Taxonomy.from_paths(
     {'a': 'X/x', 'b': 'X/x', 'c': 'X/y', 'd': 'Y/z/zz', 'e': 'Y/w', 'f': 'Y/w'}
@@ -128,7 +129,7 @@ def test_every_loss_with_every_miner_takes_labels_at_any_node(loss):
 
 
 def test_the_bound_of_an_image_known_to_its_genus_is_the_mean_of_its_species():
-    from hiermetric.pairs import create_loss
+    from hiermetric.similarity.losses import create_loss
 
     leaves = TAX.leaf_names
     genus = int(TAX.index('X'))

@@ -2,10 +2,10 @@
 
 import warnings
 import numpy as np, pytest, torch
-from hiermetric.decisions import PRIOR, LevelTemperatures, NodeIsotonic, TemperatureScaling, temper
-from hiermetric.arithmetic import leaf_distribution
-from hiermetric.metrics import negative_log_likelihood
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.judging.calibration import PRIOR, LevelTemperatures, NodeIsotonic, TemperatureScaling, temper
+from hiermetric.trees.arithmetic import leaf_distribution
+from hiermetric.judging.metrics import negative_log_likelihood
+from hiermetric.trees.taxonomy import Taxonomy
 
 TREE = Taxonomy.from_paths(
     {

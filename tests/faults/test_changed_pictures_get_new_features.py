@@ -10,8 +10,8 @@ from hiermetric.images.backbones import Transform
 from hiermetric.core import HiermetricError
 from hiermetric.images.table import ImageTable
 from hiermetric.images.features import extract
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import decode_split
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.sources import decode_split
 from toys import toy_backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -6,10 +6,11 @@ import numpy as np
 import pytest, torch
 from hiermetric.core import HiermetricError
 from hiermetric.images.features import Features
-from hiermetric.predictor import Predictor
-from hiermetric.retrieval import Index
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, load_run
+from hiermetric.running.predictor import Predictor
+from hiermetric.similarity.index import Index
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.fitting import fit
+from hiermetric.running.runs import load_run
 from hiermetric.images.features import toy_features
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]

@@ -4,12 +4,13 @@ import os, subprocess
 import numpy as np
 import pytest, torch
 from hiermetric.core import HiermetricError
-from hiermetric.experiment import compare
+from hiermetric.running.comparison import compare
 from hiermetric.heads.model import Model
-from hiermetric.predictor import Predictor
-from hiermetric.retrieval import Index, unseen_protocol
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit
+from hiermetric.running.predictor import Predictor
+from hiermetric.similarity.index import Index
+from hiermetric.similarity.protocol import unseen_protocol
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.fitting import fit
 from hiermetric.images.features import toy_features
 from typer.testing import CliRunner
 
@@ -130,11 +131,11 @@ def test_no_file_of_others_is_written_over(kind, photos, monkeypatch):
 
 
 def test_the_command_line_says_so(photos, monkeypatch):
-    from hiermetric.cli import app
+    from hiermetric.running.cli import app
 
     before = content(photos)
     monkeypatch.chdir(photos.parent)
-    monkeypatch.setattr('hiermetric.cli._features', lambda *a, **k: TOY)
+    monkeypatch.setattr('hiermetric.running.cli.features_of', lambda *a, **k: TOY)
     for out, says in (('photos', 'exists and holds no set of features'), ('.', 'the folder you are in')):
         found = CliRunner().invoke(app, ['features', '--out', out])
         assert found.exit_code == 1 and says in ' '.join(found.output.split())

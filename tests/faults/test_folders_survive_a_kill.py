@@ -9,10 +9,11 @@ from hiermetric.files import atomic_path, settle, sweep
 from hiermetric.downloads import unpack
 from hiermetric.images.features import Features
 from hiermetric.heads.model import Model
-from hiermetric.predictor import Predictor
-from hiermetric.retrieval import Index
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, load_run
+from hiermetric.running.predictor import Predictor
+from hiermetric.similarity.index import Index
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.fitting import fit
+from hiermetric.running.runs import load_run
 from hiermetric.images.features import toy_features
 
 pytestmark = [

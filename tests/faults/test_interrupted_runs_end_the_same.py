@@ -3,8 +3,9 @@ was not."""
 
 import os, random, signal
 import pytest, torch
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import Trainer, fit
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.trainer import Trainer
+from hiermetric.running.fitting import fit
 from hiermetric.images.features import toy_features
 
 TOY = toy_features(Taxonomy.from_paths({'a': 'X/x', 'b': 'X/x', 'c': 'X/y', 'd': 'Y/z'}), per_leaf=20, dim=12)

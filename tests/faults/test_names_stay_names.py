@@ -6,13 +6,16 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
 from answering import picture, predicts, tiny_predictor
-from hiermetric.cli import app
+from hiermetric.running.cli import app
 from hiermetric.core import HiermetricError
 from hiermetric.images.named import load_dataset
 from hiermetric.images.folders import read_taxonomy
-from hiermetric.decisions import create_rule
-from hiermetric.predictor import FORMATS, Question, Scope, listed_leaves
-from hiermetric.taxonomy import LabelGraph, Taxonomy, TaxonomyError, TaxonomyWarning
+from hiermetric.judging.rules import create_rule
+from hiermetric.running.formats import FORMATS
+from hiermetric.running.questions import Question, Scope, listed_leaves
+from hiermetric.trees.graph import LabelGraph
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.trees.arrays import TaxonomyError, TaxonomyWarning
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SLASH = "(('Calanus finmarchicus','Oithona similis')'Calanus/Oithona group',Chaetoceros)plankton;"
@@ -182,7 +185,7 @@ def test_the_separator_can_be_told(tmp_path):
         == ['root', 'sea/fish', 'bony', 'cod', 'cartilage', 'ray']
         == read_taxonomy(tmp_path / 't.csv', sep=';').names
     )
-    from hiermetric.config import TrainConfig
+    from hiermetric.running.settings import TrainConfig
 
     assert (
         TrainConfig.of(dict(data=dict(name=str(tmp_path / 'zoo'), taxonomy=str(tmp_path / 't.csv'), sep=';')))
@@ -368,7 +371,7 @@ POOR = {'LC_ALL': 'C', 'LANG': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0
 def poor(*args, cwd):
     env = {k: v for k, v in os.environ.items() if k not in ('PYTHONIOENCODING', 'LC_CTYPE')} | POOR
     return subprocess.run(
-        [sys.executable, '-c', 'from hiermetric.cli import app; app(prog_name="hiermetric")', *args],
+        [sys.executable, '-c', 'from hiermetric.running.cli import app; app(prog_name="hiermetric")', *args],
         cwd=cwd,
         env=env | {'HIERMETRIC_CACHE': str(cwd / 'cache')},
         capture_output=True,
@@ -408,7 +411,7 @@ def test_everything_runs_in_any_locale(tmp_path):
         [
             sys.executable,
             '-c',
-            'from hiermetric.cli import app; app(prog_name="hiermetric")',
+            'from hiermetric.running.cli import app; app(prog_name="hiermetric")',
             'predict',
             'donné',
             '--model',

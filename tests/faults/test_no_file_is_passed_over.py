@@ -61,7 +61,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.filterwarnings('ignore::hiermetric.taxonomy.TaxonomyWarning')
+@pytest.mark.filterwarnings('ignore::hiermetric.trees.arrays.TaxonomyWarning')
 def test_every_file_is_somewhere(tmp_path):
     "A hundred random trees: found, named, or a note would be too long"
     rng = np.random.default_rng(0)
@@ -152,14 +152,14 @@ def test_a_folder_under_two_names_is_named_and_a_link_that_leads_back_is_none(tm
 def test_what_lies_in_a_folder_of_new_images_is_counted(tmp_path, monkeypatch):
     from collections import Counter
     from answering import picture, predicts, tiny_predictor
-    from hiermetric.predictor import passed_over, walk_images
-    from hiermetric.taxonomy import Taxonomy
+    from hiermetric.running.questions import passed_over, walk_images
+    from hiermetric.trees.taxonomy import Taxonomy
 
     picture(tmp_path / 'in' / 'a.png', 0)
     for o in ('b.heic', 'c.HEIC', 'd.txt', 'e', '.hidden', 'sub/f.raw'):
         (tmp_path / 'in' / o).parent.mkdir(exist_ok=True)
         (tmp_path / 'in' / o).touch()
-    monkeypatch.setattr('hiermetric.predictor.IMAGE_TYPES', {'.png'})
+    monkeypatch.setattr('hiermetric.running.questions.IMAGE_TYPES', {'.png'})
     n = Counter()
     assert (
         [Path(o).name for o in walk_images(tmp_path / 'in', others=n)] == ['a.png']

@@ -3,43 +3,24 @@ value comes out, or one sentence"""
 
 from fractions import Fraction
 import numpy as np, pytest, torch
-from hiermetric import metrics
+from hiermetric import judging as metrics
 from hiermetric.core import HiermetricError
-from hiermetric.decisions import (
-    LevelTemperatures,
-    NodeIsotonic,
-    TemperatureScaling,
-    class_ratios,
-    create_rule,
-    list_rules,
-)
-from hiermetric.explain import (
-    cophenetic_correlation,
-    embedding_map,
-    overlap,
-    pair_distances,
-    prototype_linkage,
-    umap_layout,
-)
+from hiermetric.judging.calibration import LevelTemperatures, NodeIsotonic, TemperatureScaling
+from hiermetric.judging.guarantee import class_ratios
+from hiermetric.judging.rules import create_rule, list_rules
+from hiermetric.seeing.embedding_plots import cophenetic_correlation, overlap, pair_distances, prototype_linkage
+from hiermetric.seeing.layouts import embedding_map, umap_layout
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.heads.contract import create_head
-from hiermetric.metrics import calibration_bins, evaluate, expected_calibration_error
-from hiermetric.arithmetic import leaf_distribution
-from hiermetric.arithmetic import leaf_counts
+from hiermetric.judging.metrics import calibration_bins, evaluate, expected_calibration_error
+from hiermetric.trees.arithmetic import leaf_distribution
+from hiermetric.trees.arithmetic import leaf_counts
 from hiermetric.heads.paths import semantic_vectors
-from hiermetric.retrieval import nmi
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.unseen import (
-    Outputs,
-    auroc,
-    balanced,
-    create_detector,
-    create_placement,
-    list_detectors,
-    list_placements,
-    model_outputs,
-    node_prototypes,
-)
+from hiermetric.similarity.scores import nmi
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.judging.known import Outputs, balanced, model_outputs
+from hiermetric.judging.detectors import auroc, create_detector, list_detectors, node_prototypes
+from hiermetric.judging.placements import create_placement, list_placements
 
 
 def random_tree(n, seed):
@@ -343,7 +324,7 @@ def test_the_rest_takes_arrays():
     P = TREE.node_probs(X[:, :4].double().softmax(1))
     q = leaf_distribution(P, TREE)
     np.testing.assert_array_equal(leaf_distribution(P.numpy(), TREE), q)
-    for f in (metrics.truth_probability, metrics.negative_log_likelihood, metrics.brier_score):
+    for f in (truth_probability, metrics.negative_log_likelihood, metrics.brier_score):
         np.testing.assert_array_equal(f(q.numpy(), T.numpy(), TREE), f(q, T, TREE))
     assert (
         metrics.topk_accuracy(q.numpy(), T.numpy(), TREE, 2) == metrics.topk_accuracy(q, T, TREE, 2)

@@ -6,8 +6,8 @@ import pytest
 from answering import picture, predicts, tiny_predictor
 from hiermetric.core import HiermetricError
 from hiermetric.files import alone
-from hiermetric.predictor import FORMATS
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.running.formats import FORMATS
+from hiermetric.trees.taxonomy import Taxonomy
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -96,7 +96,7 @@ def test_two_commands_at_once(tmp_path):
     for c in ('cod', 'eel'):
         for i in range(40):
             picture(tmp_path / 'zoo' / 'fish' / c / f'{i}.png', i)
-    command = lambda *a: [sys.executable, '-c', 'from hiermetric.cli import app; app(prog_name="hiermetric")', *a]
+    command = lambda *a: [sys.executable, '-c', 'from hiermetric.running.cli import app; app(prog_name="hiermetric")', *a]
     env = os.environ | {'HIERMETRIC_CACHE': str(tmp_path / 'cache'), 'NO_COLOR': '1', 'TERM': 'dumb'}
     subprocess.run(
         command('train', '--data', 'zoo', '--size', '32', '--epochs', '1', '--device', 'cpu', '--out', 'run'),

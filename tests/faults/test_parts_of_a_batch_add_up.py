@@ -7,9 +7,12 @@ import numpy as np, pytest, torch
 from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import HEADS, create_head, head_trait, inverse_frequency
 from hiermetric.heads.model import EmbeddingNet, Model
-from hiermetric.pairs import LOSSES
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import FeatureSource, Trainer, defaults, make_accelerator
+from hiermetric.similarity.losses import LOSSES
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.sources import FeatureSource
+from hiermetric.running.trainer import Trainer
+from hiermetric.running.fitting import defaults
+from hiermetric.running.inference import make_accelerator
 from hiermetric.images.features import toy_features
 
 TAX = Taxonomy.from_paths(

@@ -1,37 +1,25 @@
 "Rows, node ids and counts are whole numbers in range, masks are masks, and everything else is refused in one sentence"
 
 import numpy as np, pandas as pd, pytest, torch
-from hiermetric import metrics
+from hiermetric import judging as metrics
 from hiermetric.core import HiermetricError
-from hiermetric.decisions import create_rule
-from hiermetric.ranks import lift
-from hiermetric.explain import plot_neighbours, toward_node
+from hiermetric.judging.rules import create_rule
+from hiermetric.trees.ranks import lift
+from hiermetric.seeing.layouts import plot_neighbours
+from hiermetric.seeing.towards import toward_node
 from hiermetric.images.features import Features
 from hiermetric.heads.model import EmbeddingNet
 from hiermetric.heads.contract import create_head
-from hiermetric.metrics import evaluate
-from hiermetric.arithmetic import leaf_counts
-from hiermetric.retrieval import (
-    Index,
-    Neighbours,
-    ideal_gains,
-    kmeans,
-    neighbours,
-    ranking_scores,
-    retrieval_scores,
-    unseen_protocol,
-    vote_probs,
-)
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.unseen import (
-    Outputs,
-    create_detector,
-    create_placement,
-    draw_species,
-    hold_out,
-    node_prototypes,
-    placement_scores,
-)
+from hiermetric.judging.metrics import evaluate
+from hiermetric.trees.arithmetic import leaf_counts
+from hiermetric.similarity.index import Index
+from hiermetric.similarity.search import Neighbours, kmeans, neighbours, vote_probs
+from hiermetric.similarity.scores import ideal_gains, ranking_scores, retrieval_scores
+from hiermetric.similarity.protocol import unseen_protocol
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.judging.known import Outputs, draw_species, hold_out, placement_scores
+from hiermetric.judging.detectors import create_detector, node_prototypes
+from hiermetric.judging.placements import create_placement
 
 TREE = Taxonomy.from_paths(
     [('an', 'mam', 'cat'), ('an', 'mam', 'dog'), ('an', 'bird', 'owl'), ('an', 'bird', 'auk'), ('pl', 'oak')]
@@ -152,7 +140,7 @@ Q = torch.as_tensor(PROBS)[:, LEAVES]
         lambda o: metrics.correctness(LABELS, o, TREE),
         lambda o: metrics.information_scores(o, LABELS, TREE),
         lambda o: metrics.node_counts(LABELS, o, TREE),
-        lambda o: metrics.truth_probability(Q, o, TREE),
+        lambda o: truth_probability(Q, o, TREE),
         lambda o: metrics.negative_log_likelihood(Q, o, TREE),
         lambda o: metrics.brier_score(Q, o, TREE),
         lambda o: create_rule('guarantee').fit(PROBS, o, TREE),

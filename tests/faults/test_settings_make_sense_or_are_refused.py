@@ -8,13 +8,17 @@ import numpy as np, pytest, torch, yaml
 from typer.testing import CliRunner
 from hiermetric.images.augment import AUGMENTS, MIXES
 from hiermetric.images.sampling import SAMPLERS
-from hiermetric.cli import app
-from hiermetric.config import TrainConfig
+from hiermetric.running.cli import app
+from hiermetric.running.settings import TrainConfig
 from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import HEADS
-from hiermetric.pairs import LOSSES, MINERS
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import LIMITS, SCHEDULES, Trainer, fit
+from hiermetric.similarity.losses import LOSSES
+from hiermetric.similarity.miners import MINERS
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.setting_kinds import LIMITS
+from hiermetric.running.schedules import SCHEDULES
+from hiermetric.running.trainer import Trainer
+from hiermetric.running.fitting import fit
 from hiermetric.images.features import toy_features
 
 TAX = Taxonomy.from_paths({'a': 'X/x', 'b': 'X/x', 'c': 'X/y', 'd': 'Y/z/zz', 'e': 'Y/w', 'f': 'Y/w'})

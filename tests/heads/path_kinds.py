@@ -13,7 +13,7 @@ from hiermetric.heads.paths import (
     PathSoftmax,
     SemanticEmbedding,
 )
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(
     {

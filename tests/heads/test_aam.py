@@ -5,10 +5,10 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from pytorch_metric_learning import losses as pml
 from hiermetric.heads.aam import ArcFace, CombinedMargin, SubCenterArcFace, add_margin, combined_margin
-from hiermetric.geometry import sine, unit
+from hiermetric.trees.geometry import sine, unit
 from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import create_head
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths({f'c{i}': f'g{i % 4}' for i in range(17)})
 C, D, B = 17, 32, 64

@@ -15,7 +15,7 @@ from hiermetric.heads.contract import (
     prototypes,
     subtree_nll,
 )
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(
     {

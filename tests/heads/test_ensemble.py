@@ -4,12 +4,13 @@ internal labels."""
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hiermetric.heads.ensemble import Committee, KernelRidge, TreeGaussian, opinion_pool
-from hiermetric.arithmetic import tree_means
+from hiermetric.trees.arithmetic import tree_means
 from hiermetric.core import HiermetricError
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.heads.contract import create_head
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, predict
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.fitting import fit
+from hiermetric.running.inference import predict
 from hiermetric.images.features import toy_features
 
 TAX = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xy' for s in '123'})

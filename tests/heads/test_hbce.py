@@ -16,8 +16,8 @@ from hiermetric.heads.hbce import (
 )
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.heads.sphere import SphereMulti
-from hiermetric.arithmetic import path_targets
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.arithmetic import path_targets
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(
     {

@@ -6,7 +6,7 @@ from hiermetric.core import HiermetricError
 from hiermetric.images.encoder import Encoder
 from hiermetric.heads.contract import Classifier, HEADS, create_head, register_head
 from hiermetric.heads.model import EMBEDDINGS, EmbeddingNet, Model
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(
     {

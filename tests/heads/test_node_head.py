@@ -4,10 +4,17 @@
 import itertools, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hiermetric.arithmetic import closure, leaf_distribution, leaf_sums, path_sums, path_targets, sibling_log_softmax
-from hiermetric.checks import check_node_probs
+from hiermetric.trees.arithmetic import (
+    closure,
+    leaf_distribution,
+    leaf_sums,
+    path_sums,
+    path_targets,
+    sibling_log_softmax,
+)
+from hiermetric.trees.checks import check_node_probs
 from hiermetric.heads.node_head import DECODES, LEAF_SCORES, VETO, decode_nodes, node_frequency, tree_prior
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(
     {

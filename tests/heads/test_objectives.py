@@ -3,7 +3,7 @@
 import math
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from hiermetric.arithmetic import group_logsumexp, leaf_counts, path_rings, path_sums, root_path
+from hiermetric.trees.arithmetic import group_logsumexp, leaf_counts, path_rings, path_sums, root_path
 from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import HEADS, register_head
 from hiermetric.heads.objectives import (
@@ -17,7 +17,7 @@ from hiermetric.heads.objectives import (
     path_steps,
     ramp,
 )
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 from path_kinds import D, TAX, batch, counted, distance, leaves_under, make, mass, tail, trees, ups
 
 # the tools
@@ -238,7 +238,7 @@ def test_schedule_is_read_at_every_call():
 
 
 def test_trainer_sets_the_epoch():
-    from hiermetric.training import fit
+    from hiermetric.running.fitting import fit
     from hiermetric.images.features import toy_features
 
     seen = []

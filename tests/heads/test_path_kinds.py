@@ -4,7 +4,7 @@
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hiermetric.heads.model import EmbeddingNet, Model
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 from path_kinds import ALL, D, SLOW, TAX, batch, leaves_under, make, tail, trees
 
 

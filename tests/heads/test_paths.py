@@ -13,7 +13,7 @@ from hiermetric.heads.paths import (
     SemanticEmbedding,
     semantic_vectors,
 )
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 from path_kinds import D, TAX, batch, level_rows, make, trees
 
 # heads

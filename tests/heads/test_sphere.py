@@ -3,14 +3,14 @@
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hiermetric.arithmetic import path_targets
+from hiermetric.trees.arithmetic import path_targets
 from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import HEADS, create_head
 from hiermetric.heads.criteria import CRITERIA
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.heads.node_head import DECODES, NodeHead, decode_nodes, node_frequency, tree_prior
 from hiermetric.heads.sphere import BIASES, MARGINS, SCALES, SphereMulti
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 from test_criteria import slow_cell
 
 TAX = Taxonomy.from_paths(

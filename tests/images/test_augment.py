@@ -17,7 +17,7 @@ from hiermetric.images.augment import (
 from hiermetric.images.operations import image_seeds
 from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import create_head
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(
     {

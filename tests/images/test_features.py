@@ -185,7 +185,7 @@ def test_cuda_without_a_gpu_says_so(tmp_path, backbone):
 
 
 def test_plain_arrays_are_checked():
-    from hiermetric.taxonomy import Taxonomy
+    from hiermetric.trees.taxonomy import Taxonomy
 
     tax, x = Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'}), np.eye(3, dtype=np.float16)
     good = Features(x, [2, 3, 1], ['train', 'val', 'test'], tax)
@@ -211,7 +211,7 @@ def test_plain_arrays_are_checked():
 
 
 def test_files_of_another_tree_are_refused(tmp_path):
-    from hiermetric.taxonomy import Taxonomy
+    from hiermetric.trees.taxonomy import Taxonomy
 
     tax = Taxonomy.from_paths({'cod': 'fish', 'eel': 'fish'})
     folder = Features(np.eye(3), [2, 3, 1], ['train'] * 3, tax).save(tmp_path / 'f')

@@ -4,7 +4,8 @@ import os, shutil
 from pathlib import Path
 import pytest
 from hiermetric.images.named import load_dataset
-from hiermetric.taxonomy import Taxonomy, TaxonomyWarning
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.trees.arrays import TaxonomyWarning
 from toys import message, touch
 
 TREE = Taxonomy.from_paths(

@@ -10,7 +10,7 @@ from PIL import Image
 import hiermetric.images.named as D
 from hiermetric.core import data_dir
 from hiermetric.images.named import load_dataset
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 from toys import message, touch
 
 TREE = Taxonomy.from_paths(

@@ -4,7 +4,7 @@ import pickle
 import numpy as np, pytest
 from hiermetric.images.sampling import SAMPLERS, create_sampler
 from hiermetric.core import HiermetricError
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 
 TAX = Taxonomy.from_paths(
     {

@@ -8,7 +8,7 @@ from PIL import Image
 import hiermetric.images.synthetic as S
 from hiermetric.images.pen import Dice, Genome, photograph, specimen
 from hiermetric.images.named import load_dataset
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 from toys import message
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 from hypothesis import given, settings, strategies as st
 from hiermetric.images.named import load_dataset
 from hiermetric.images.table import name_hash, split_counts, stratified_split
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees.taxonomy import Taxonomy
 from toys import message, touch
 
 TREE = Taxonomy.from_paths(

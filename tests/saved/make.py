@@ -3,9 +3,10 @@ when ranks stood beside the tree: run it there, never here."""
 
 from pathlib import Path
 import numpy as np
-from hiermetric.predictor import Predictor
-from hiermetric.taxonomy import Taxonomy
-from hiermetric.training import fit, split_tensors
+from hiermetric.running.predictor import Predictor
+from hiermetric.trees.taxonomy import Taxonomy
+from hiermetric.running.fitting import fit
+from hiermetric.running.sources import split_tensors
 from hiermetric.images.features import toy_features
 
 here = Path(__file__).parent

@@ -1,0 +1,37 @@
+"The door of the trees: every public name, and nothing heavy on the way (hiermetric.trees)"
+
+import ast, subprocess, sys
+from pathlib import Path
+import hiermetric.trees
+
+FOLDER = Path(hiermetric.trees.__file__).parent
+
+
+def public():
+    "Module and name of all that the chapters export"
+    for path in sorted(FOLDER.glob('[!_]*.py')):
+        for n in ast.parse(path.read_text(encoding='utf-8')).body:
+            if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__':
+                yield from ((path.stem, name) for name in ast.literal_eval(n.value))
+
+
+def test_every_public_name_has_a_door():
+    names = list(public())
+    assert names and sorted(n for _, n in names) == sorted(hiermetric.trees.__all__)
+    for module, name in names:
+        assert getattr(hiermetric.trees, name) is getattr(sys.modules[f'hiermetric.trees.{module}'], name)
+
+
+def test_the_door_is_light():
+    code = (
+        'import sys; from hiermetric import trees; dir(trees); '
+        "trees.Taxonomy, trees.LabelGraph, trees.wordnet_taxonomy; "
+        "print([m for m in ('torch', 'pandas', 'matplotlib', 'nltk', 'rustworkx') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == '[]'
+
+
+def test_modules_do_not_hide_names():
+    modules = {o.stem for o in FOLDER.glob('*.py')}
+    assert not modules & set(hiermetric.trees.__all__)
