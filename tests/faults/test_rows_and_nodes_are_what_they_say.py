@@ -11,7 +11,7 @@ from hiermetric.images.features import Features
 from hiermetric.heads.model import EmbeddingNet
 from hiermetric.heads.contract import create_head
 from hiermetric.judging.metrics import evaluate
-from hiermetric.trees.arithmetic import leaf_counts
+from hiermetric.trees.arithmetic import leaf_counts, truth_probability
 from hiermetric.similarity.index import Index
 from hiermetric.similarity.search import Neighbours, kmeans, neighbours, vote_probs
 from hiermetric.similarity.scores import ideal_gains, ranking_scores, retrieval_scores
