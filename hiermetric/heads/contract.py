@@ -348,7 +348,10 @@ HEADS = Registry(
         'hiermetric.heads.ensemble.Committee',
         'softmax, ArcFace, Gaussians and kernel side by side, probabilities mixed',
     ),
-    metric=('hiermetric.similarity.metric_head.MetricHead', 'a loss on pairs or proxies, by name; leaves by their class means'),
+    metric=(
+        'hiermetric.similarity.metric_head.MetricHead',
+        'a loss on pairs or proxies, by name; leaves by their class means',
+    ),
     diva=(
         'hiermetric.similarity.diva.DiVA',
         'four embeddings: for classes, across classes, inside classes, of single images',
@@ -357,8 +360,14 @@ HEADS = Registry(
         'hiermetric.similarity.learners.DivideConquer',
         'an embedding for each cluster of the images, clustered again as it learns',
     ),
-    bier=('hiermetric.similarity.learners.BIER', 'boosted embeddings of rising size, each for what those before it got wrong'),
-    sndl=('hiermetric.similarity.learners.SNDL', 'one embedding: neighbours in a memory of all images, and a classifier'),
+    bier=(
+        'hiermetric.similarity.learners.BIER',
+        'boosted embeddings of rising size, each for what those before it got wrong',
+    ),
+    sndl=(
+        'hiermetric.similarity.learners.SNDL',
+        'one embedding: neighbours in a memory of all images, and a classifier',
+    ),
     partial_margin=(
         'hiermetric.similarity.clusters.PartialMargin',
         'combined margin over a random share of the classes, for very many of them',
