@@ -6,7 +6,7 @@ from hiermetric.core import HiermetricError
 from hiermetric.judging.rules import create_rule
 from hiermetric.trees.ranks import lift
 from hiermetric.seeing.layouts import plot_neighbours
-from hiermetric.seeing.towards import toward_node
+from hiermetric.seeing.maps import toward_node
 from hiermetric.images.features import Features
 from hiermetric.heads.model import EmbeddingNet
 from hiermetric.heads.contract import create_head
