@@ -1,9 +1,10 @@
 "Notebooks, package, README, documentation pages and packaging agree with each other."
 
-import re, subprocess, sys
+import ast, re, subprocess, sys
+from importlib import import_module
 from importlib.util import resolve_name
 from pathlib import Path
-import nbformat, pytest
+import nbformat, pytest, yaml
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.export import nb_export
@@ -35,9 +36,107 @@ def test_module_is_exported_from_its_notebook(nb, tmp_path):
     )
 
 
+def cells(nb):
+    "Syntax trees of the code cells of a notebook, without magics"
+    for c in nbformat.read(nb, 4).cells:
+        if c.cell_type == 'code':
+            source = ''.join('\n' if o.lstrip().startswith(('%', '!')) else o for o in c.source.splitlines(True))
+            yield c, ast.parse(source)
+
+
+def exported(nb):
+    "The module that a chapter exports: 'trees.arrays'"
+    return next(m[1] for c, _ in cells(nb) if (m := re.search(r'^#\| *default_exp +(\S+)', c.source, re.M)))
+
+
+def imported(tree):
+    "Modules of the package that some code imports: 'trees.arrays'"
+    for o in ast.walk(tree):
+        if isinstance(o, ast.ImportFrom) and (o.module or '').split('.')[0] == 'hiermetric':
+            yield from [o.module] if '.' in o.module else [f'hiermetric.{a.name}' for a in o.names]
+        elif isinstance(o, ast.Import):
+            yield from (a.name for a in o.names if a.name.startswith('hiermetric.'))
+
+
+def sidebar():
+    "The pages in the order of reading"
+
+    def pages(o):
+        for page in o:
+            yield from [page] if isinstance(page, str) else pages(page['contents'])
+
+    return [*pages(yaml.safe_load((ROOT / '_quarto.yml').read_text())['website']['sidebar']['contents'])]
+
+
+MODULE = {str(p.relative_to(get_config().nbs_path)): exported(p) for p in CHAPTERS}  # by page
+PARTS = ['trees', 'images', 'heads', 'judging', 'similarity', 'running', 'seeing']
+
+
 def test_every_module_has_a_chapter():
-    modules = {p.stem for p in (ROOT / 'hiermetric').glob('*.py')} - {'__init__', '_modidx'}
-    assert modules == {p.stem.split('_', 1)[1] for p in CHAPTERS}
+    paths = (p.relative_to(ROOT / 'hiermetric').with_suffix('') for p in (ROOT / 'hiermetric').rglob('*.py'))
+    assert {'.'.join(p.parts) for p in paths if p.name not in ('__init__', '_modidx')} == set(MODULE.values())
+    for page, module in MODULE.items():  # 1_trees/03_arrays.ipynb, trees.arrays
+        folder, name = page.split('/')
+        assert re.sub(r'^\d_|^start$', '', folder) == module.rpartition('.')[0]
+        assert re.fullmatch(r'\d\d_(\w+)\.ipynb', name)[1] == module.rpartition('.')[2]
+
+
+def test_numbers_run_through_the_book():
+    chapters = [o for o in sidebar() if re.match(r'\w+/\d', o)]
+    assert chapters == sorted(MODULE)
+    assert [int(o.split('/')[1].split('_')[0]) for o in sorted(MODULE, key=sidebar().index)] == [*range(len(MODULE))]
+
+
+@pytest.mark.parametrize('page', [o for o in sidebar() if o != 'index.ipynb'])
+def test_no_chapter_imports_from_a_later_one(page):
+    place = {f'hiermetric.{m}': sidebar().index(p) for p, m in MODULE.items()}
+    for c, tree in cells(get_config().nbs_path / page):
+        later = {m for m in imported(tree) if place.get(m, -1) > sidebar().index(page)}
+        assert not later, f'cell {c.id} of {page} imports {later}, which a later chapter makes'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'hiermetric').rglob('*.py')), ids=lambda o: f'{o.parent.name}.{o.stem}')
+def test_no_part_imports_from_a_later_one(path):
+    if path.parent == ROOT / 'hiermetric':
+        later = PARTS if path.stem in ('core', 'files', 'downloads') else []
+    else:
+        later = PARTS[PARTS.index(path.parent.name) + 1 :]
+    package = '.'.join(path.relative_to(ROOT).parts[:-1])
+    for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(o, ast.ImportFrom):
+            name = resolve_name('.' * o.level + (o.module or ''), package).split('.')
+            assert name[0] != 'hiermetric' or name[1:2] == [] or name[1] not in later, f'{path}: {ast.unparse(o)}'
+
+
+def test_no_module_is_long_or_imports_a_private_name():
+    for path in (ROOT / 'hiermetric').rglob('*.py'):
+        if path.name == '_modidx.py':
+            continue
+        text = path.read_text(encoding='utf-8')
+        assert text.count('\n') <= 500, f'{path} has more than 500 lines: cut it at a seam'
+        for o in ast.walk(ast.parse(text)):
+            if isinstance(o, ast.ImportFrom) and (o.level or o.module.startswith('hiermetric')):
+                assert not [a.name for a in o.names if re.match('_(?!_)', a.name)], f'{path}: {ast.unparse(o)}'
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_part_hands_out_its_public_names_and_loads_nothing(part):
+    door = import_module(f'hiermetric.{part}')
+    for module in (m for m in MODULE.values() if m.startswith(part + '.')):
+        module = import_module(f'hiermetric.{module}')
+        for name in module.__all__:
+            if not name.startswith('_') and (module.__name__ != 'hiermetric.running.cli' or name == 'app'):
+                assert getattr(door, name) is getattr(module, name), f'{module.__name__}.{name}'
+    heavy = "[m for m in ('torch', 'pandas', 'matplotlib', 'scipy') if m in sys.modules]"
+    code = f'import sys, hiermetric.{part}; print({heavy})'
+    assert subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout == '[]\n'
+
+
+def test_the_package_hands_out_a_dozen_names():
+    import hiermetric as hm
+
+    assert all(callable(getattr(hm, o)) for o in hm.__all__ if o not in PARTS) and len(hm.__all__) - len(PARTS) == 12
+    assert hm.Taxonomy is import_module('hiermetric.trees').Taxonomy
 
 
 def test_readme_is_in_step():
@@ -101,25 +200,13 @@ def test_no_line_of_the_package_is_too_long():
 
 
 def test_every_page_is_in_the_sidebar():
-    import yaml
-
-    def pages(o):
-        if isinstance(o, str):
-            yield o
-        for v in o.values() if isinstance(o, dict) else o if isinstance(o, list) else ():
-            yield from pages(v)
-
-    listed = set(pages(yaml.safe_load((ROOT / '_quarto.yml').read_text())['website']['sidebar']['contents']))
-    nbs = get_config().nbs_path
-    missing = {str(p.relative_to(nbs)) for p in nbglob(as_path=True)} - listed
+    missing = {str(p.relative_to(get_config().nbs_path)) for p in nbglob(as_path=True)} - set(sidebar())
     assert not missing, f'not in the sidebar of _quarto.yml: {missing}'
 
 
 def test_import_is_light():
     "Trees need neither torch nor nltk, so importing them must not load either"
-    code = (
-        "import sys, hiermetric.trees.wordnet; print([m for m in ('torch','nltk') if m in sys.modules])"
-    )
+    code = "import sys, hiermetric.trees.wordnet; print([m for m in ('torch','nltk') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.strip() == '[]'
     )

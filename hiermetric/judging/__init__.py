@@ -1,4 +1,4 @@
-"Judging: what a mistake on a tree costs, every metric, calibration, decision rules with and without a promise, and the unseen."
+"Judging: what a mistake on a tree costs, every metric, calibration, decision rules with a promise, and the unseen."
 
 import lazy_loader
 

@@ -5,8 +5,15 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        'towards': ['toward_vector', 'unit_rows', 'toward_node', 'class_prototypes'],
-        'maps': ['METHODS', 'to_picture', 'Explainer'],
+        'maps': [
+            'Explainer',
+            'METHODS',
+            'class_prototypes',
+            'to_picture',
+            'toward_node',
+            'toward_vector',
+            'unit_rows',
+        ],
         'map_plots': ['plot_heat', 'path_maps', 'plot_path', 'short_name', 'sanity_check'],
         'layouts': ['umap_layout', 'embedding_map', 'plot_neighbours'],
         'embedding_plots': [

@@ -280,7 +280,12 @@ def test_any_text_comes_back(tmp_path_factory, name, names):
 
     form, path = FORMATS[name](), tmp_path_factory.mktemp('t') / 't'
     table = told(
-        names, answer=names[-1], guess=names[0], path=join_path(names), candidate_1=names[-1], candidate_1_probability=0.5
+        names,
+        answer=names[-1],
+        guess=names[0],
+        path=join_path(names),
+        candidate_1=names[-1],
+        candidate_1_probability=0.5,
     )
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -13,8 +13,7 @@ from hiermetric.seeing.layouts import embedding_map, umap_layout
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.heads.contract import create_head
 from hiermetric.judging.metrics import calibration_bins, evaluate, expected_calibration_error
-from hiermetric.trees.arithmetic import leaf_distribution
-from hiermetric.trees.arithmetic import leaf_counts
+from hiermetric.trees.arithmetic import leaf_counts, leaf_distribution, truth_probability
 from hiermetric.heads.paths import semantic_vectors
 from hiermetric.similarity.scores import nmi
 from hiermetric.trees.taxonomy import Taxonomy

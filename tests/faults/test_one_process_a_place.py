@@ -96,7 +96,8 @@ def test_two_commands_at_once(tmp_path):
     for c in ('cod', 'eel'):
         for i in range(40):
             picture(tmp_path / 'zoo' / 'fish' / c / f'{i}.png', i)
-    command = lambda *a: [sys.executable, '-c', 'from hiermetric.running.cli import app; app(prog_name="hiermetric")', *a]
+    app = 'from hiermetric.running.cli import app; app(prog_name="hiermetric")'
+    command = lambda *a: [sys.executable, '-c', app, *a]
     env = os.environ | {'HIERMETRIC_CACHE': str(tmp_path / 'cache'), 'NO_COLOR': '1', 'TERM': 'dumb'}
     subprocess.run(
         command('train', '--data', 'zoo', '--size', '32', '--epochs', '1', '--device', 'cpu', '--out', 'run'),

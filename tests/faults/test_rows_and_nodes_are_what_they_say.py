@@ -6,12 +6,12 @@ from hiermetric.core import HiermetricError
 from hiermetric.judging.rules import create_rule
 from hiermetric.trees.ranks import lift
 from hiermetric.seeing.layouts import plot_neighbours
-from hiermetric.seeing.towards import toward_node
+from hiermetric.seeing.maps import toward_node
 from hiermetric.images.features import Features
 from hiermetric.heads.model import EmbeddingNet
 from hiermetric.heads.contract import create_head
 from hiermetric.judging.metrics import evaluate
-from hiermetric.trees.arithmetic import leaf_counts
+from hiermetric.trees.arithmetic import leaf_counts, truth_probability
 from hiermetric.similarity.index import Index
 from hiermetric.similarity.search import Neighbours, kmeans, neighbours, vote_probs
 from hiermetric.similarity.scores import ideal_gains, ranking_scores, retrieval_scores

@@ -108,6 +108,20 @@ def test_the_committee_is_no_worse_than_its_members_on_validation(run):
     )
 
 
+def test_clusters_that_are_gaussians_trust_the_gaussian():
+    tax = Taxonomy.from_paths({f'{o}{f}{s}': f'{o}/{o}{f}' for o in 'AB' for f in 'xyz' for s in '123'})
+    toy = toy_features(tax, per_leaf=40)
+    model = fit(toy, 'committee', epochs=8, batch_size=64, lr=3e-3, head_kw=dict(dim=32)).model
+    weight = dict(zip((o['head'] for o in model.head.members), model.head.log_weight.softmax(0).tolist()))
+    assert weight['tree_gaussian'] > 0.5 and weight['tree_gaussian'] + weight['kernel_ridge'] > 0.99
+    x, t = toy.of('test')
+    with torch.no_grad():
+        p = model.leaf_probs(x)
+        assert model.node_probs(x).shape == (len(x), len(tax))
+    assert torch.allclose(p.sum(1), torch.ones(len(p)), atol=1e-5)
+    assert (torch.as_tensor(tax.leaves.copy())[p.argmax(1)] == t).float().mean() > 0.95
+
+
 def test_calibration_sees_validation_only(run):
     from dataclasses import replace
 

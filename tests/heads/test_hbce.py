@@ -16,6 +16,7 @@ from hiermetric.heads.hbce import (
 )
 from hiermetric.heads.model import EmbeddingNet, Model
 from hiermetric.heads.sphere import SphereMulti
+from hiermetric.judging.metrics import violation_rate
 from hiermetric.trees.arithmetic import path_targets
 from hiermetric.trees.taxonomy import Taxonomy
 
@@ -484,3 +485,12 @@ def test_hard_penalty_trains_the_same_weights_and_the_hinge_does_not():
             p = F.pad(head(x).sigmoid(), (1, 0), value=1.0)
             end[penalty] = head.weight.clone(), (p[:, 1:] - p[:, TAX.tensor('parents')[1:]]).relu().mean().item()
     assert torch.equal(end['hard'][0], end['none'][0]) and end['hinge'][1] < 0.5 * end['none'][1]
+
+
+def test_contradictions_of_a_worked_example():
+    p = torch.tensor([[1.0, 0.95, 0.2, 0.9, 0.05, 0.1, 0.05, 0.02, 0.1, 0.15, 0.01]])
+    tax = Taxonomy.from_paths(
+        dict(lynx='mammal/cat', tiger='mammal/cat', wolf='mammal/dog', fox='mammal/dog', owl='bird', wren='bird')
+    )
+    assert violation_rate(p, tax) == pytest.approx((1.0, 0.2))  # lynx above cat, owl above bird, of ten edges
+    assert violation_rate(p, tax, threshold=0.5) == pytest.approx((1.0, 0.1))

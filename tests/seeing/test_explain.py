@@ -10,7 +10,7 @@ from torch import nn
 from hiermetric.images.backbones import Backbone, Transform, create_backbone
 from hiermetric.core import HiermetricError
 from hiermetric.seeing.maps import METHODS, Explainer, to_picture
-from hiermetric.seeing.towards import class_prototypes, toward_node
+from hiermetric.seeing.maps import class_prototypes, toward_node
 from hiermetric.seeing.embedding_plots import (
     cophenetic_correlation,
     overlap,
@@ -467,7 +467,7 @@ def test_features_find_their_backbone():
 
 def test_nan_is_no_place_in_a_picture():
     from hiermetric.seeing.embedding_plots import cophenetic_correlation, pair_distances, prototype_linkage
-    from hiermetric.seeing.towards import toward_vector
+    from hiermetric.seeing.maps import toward_vector
     from hiermetric.seeing.layouts import umap_layout
 
     tax = Taxonomy.from_paths({'a': 'x', 'b': 'x', 'c': 'y', 'd': 'y'})

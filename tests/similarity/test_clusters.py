@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from several_embeddings import TAX, TOY
 from hiermetric.heads.aam import CombinedMargin
 from hiermetric.core import HiermetricError
+from hiermetric.running.fitting import fit
+from hiermetric.running.inference import embeddings
 from hiermetric.trees.geometry import unit
 from hiermetric.similarity.clusters import PartialMargin, join_modalities, pseudo_classes
 from hiermetric.similarity.search import kmeans
@@ -94,6 +96,13 @@ def test_pseudo_classes_keep_everything_but_the_labels():
     assert not (other.targets == made.targets).all()
     with pytest.raises(HiermetricError, match='not 10000'):
         pseudo_classes(TOY, 10**4)
+
+
+def test_clusters_are_classes_to_fit():
+    made = pseudo_classes(TOY, 30)
+    run = fit(made, 'partial_margin', embed_dim=32, epochs=4, batch_size=64, head_kw=dict(share=0.5), device='cpu')
+    assert made.taxonomy.n_leaves == run.model.taxonomy.n_leaves == 30
+    assert embeddings(run.model, TOY, 'test').shape == ((TOY.split == 'test').sum(), 32)
 
 
 def test_texts_that_are_missing_change_nothing(tmp_path):

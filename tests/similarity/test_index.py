@@ -26,7 +26,7 @@ def test_faiss_and_torch_share_a_process(first):
     code = f"""
 import {first}, faiss, torch, numpy as np
 from hiermetric.similarity import Index, kmeans
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees import Taxonomy
 torch.set_num_threads(2); faiss.omp_set_num_threads(2)
 tax = Taxonomy.from_paths({{'a': 'x', 'b': 'x', 'c': ''}})
 x = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0))

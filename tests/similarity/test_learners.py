@@ -10,6 +10,9 @@ from hypothesis import given, settings, strategies as st
 from several_embeddings import SMALL, T, TAX, X, batch, made, settled, slow_epshn, slow_parts
 from hiermetric.core import HiermetricError
 from hiermetric.heads.contract import create_head
+from hiermetric.running.fitting import fit
+from hiermetric.running.inference import predict
+from hiermetric.similarity.label_sets import label_probs, label_report
 from hiermetric.similarity.learners import match_clusters
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -145,3 +148,17 @@ def test_sndl_with_sets_is_the_loop(scene):
     assert (
         len(near) < 30 and abs(float(head.loss(x, t)) - np.mean(near) - np.mean(classes)) < 2e-3
     )  # images without labels have no neighbours
+
+
+def test_a_table_of_labels_through_fit(scene):
+    labelled, sets, _ = scene
+    kw = dict(sampler='m_per_class', epochs=4, batch_size=64, device='cpu')
+    run = fit(labelled, 'sndl', head_kw=dict(sets=sets, dim=16), **kw)
+    assert run.model.head.classes.out_features == 3
+    report = label_report(
+        label_probs(predict(run.model, labelled, 'test'), sets, labelled.taxonomy),
+        sets.iloc[labelled.of('test')[1].numpy()],
+    )
+    assert (report['average precision'] > report['share'] + 0.2).all()
+    with pytest.raises(HiermetricError, match="pair_loss='tree_supcon'"):
+        fit(labelled, 'diva', head_kw=dict(sets=sets))

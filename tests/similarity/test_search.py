@@ -75,7 +75,7 @@ def test_arrays_that_may_only_be_read_serve_without_a_warning(tmp_path):
 import numpy as np
 from hiermetric.geometry import DISTANCES
 from hiermetric.similarity import Index, evaluate_retrieval, kmeans, neighbours, vote_probs
-from hiermetric.taxonomy import Taxonomy
+from hiermetric.trees import Taxonomy
 tax = Taxonomy.load({str(tmp_path / 'tax.npz')!r})
 x, t = (np.load({str(tmp_path)!r} + o, mmap_mode='r') for o in ('/x.npy', '/t.npy'))
 before = x.copy()
