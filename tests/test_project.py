@@ -82,8 +82,6 @@ def test_every_module_has_a_chapter():
 
 
 def test_numbers_run_through_the_book():
-    chapters = [o for o in sidebar() if re.match(r'\w+/\d', o)]
-    assert chapters == sorted(MODULE)
     assert [int(o.split('/')[1].split('_')[0]) for o in sorted(MODULE, key=sidebar().index)] == [*range(len(MODULE))]
 
 

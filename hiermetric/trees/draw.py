@@ -306,7 +306,8 @@ class DrawTree(RankTree):
         for lines, c in ((turn, rgb[wide]), (run, rgb[1:])):
             ax.add_collection(LineCollection(lines, colors=c, lw=1.0, zorder=1))  # type: ignore[arg-type]
         for o, size, fill in ((~leaf, 9, rgb), (leaf & ~hollow, 4, rgb), (hollow, 16, np.ones_like(rgb))):
-            ax.scatter(d.x[o], d.y[o], s=size, facecolors=fill[o], edgecolors=rgb[o], zorder=2)  # type: ignore[arg-type]
+            colours = dict(facecolors=fill[o], edgecolors=rgb[o])
+            ax.scatter(d.x[o], d.y[o], s=size, zorder=2, **colours)  # type: ignore[arg-type]
         if images is not None:
             _pictures(ax, self, kind, images, bars, side)
         if counts is not None:

@@ -158,7 +158,8 @@ class LabelGraph:
                 + (b - a) * np.concatenate([t, t * t * (3 - 2 * t)], -1)
                 - 4 * t * (1 - t) * np.maximum(0.1 - np.abs(b - a), 0) * [1, 0]
             )  # round to the left where one end is above the other
-        red = LineCollection(bows.swapaxes(0, 1), colors='crimson', lw=1.0, alpha=0.8, zorder=3)  # type: ignore[arg-type]
+        red = LineCollection(bows.swapaxes(0, 1), lw=1.0, alpha=0.8, zorder=3)  # type: ignore[arg-type]
+        red.set_color('crimson')
         ax.add_collection(red)
         ax.scatter(b[:, 0], b[:, 1], s=22, facecolors='none', edgecolors='crimson', zorder=3)
         return ax
