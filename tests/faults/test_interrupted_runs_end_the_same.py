@@ -27,7 +27,7 @@ def stopped(out, at, by):
             done[0] += 1
             if done[0] == 2 * at - 1:
                 os.write(tell, b'.')
-                signal.pause() if by == signal.SIGKILL else signal.sigtimedwait([], 5)
+                signal.pause() if by == signal.SIGKILL else signal.sigtimedwait([], 60)
 
         Trainer._backward = backward
         try:

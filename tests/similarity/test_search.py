@@ -73,7 +73,7 @@ def test_arrays_that_may_only_be_read_serve_without_a_warning(tmp_path):
     tax.save(tmp_path / 'tax.npz')
     code = f"""
 import numpy as np
-from hiermetric.geometry import DISTANCES
+from hiermetric.trees.geometry import DISTANCES
 from hiermetric.similarity import Index, evaluate_retrieval, kmeans, neighbours, vote_probs
 from hiermetric.trees import Taxonomy
 tax = Taxonomy.load({str(tmp_path / 'tax.npz')!r})
