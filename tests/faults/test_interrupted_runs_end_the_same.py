@@ -20,6 +20,7 @@ def stopped(out, at, by):
     "Train in a process of its own, which is sent a signal in the middle of its `at`-th step"
     told, tell = os.pipe()
     if not (child := os.fork()):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
         real, done = Trainer._backward, [0]
 
         def backward(self, *a, **kw):
@@ -27,7 +28,7 @@ def stopped(out, at, by):
             done[0] += 1
             if done[0] == 2 * at - 1:
                 os.write(tell, b'.')
-                signal.pause() if by == signal.SIGKILL else signal.sigtimedwait([], 60)
+                signal.pause() if by == signal.SIGKILL else signal.sigtimedwait([], 5)
 
         Trainer._backward = backward
         try:
